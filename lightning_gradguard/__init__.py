@@ -1,0 +1,54 @@
+"""See, understand and survive vanishing and exploding gradients in PyTorch Lightning.
+
+Every public name is imported on first use: ``import lightning_gradguard`` costs nothing, and the
+torch-only half never loads Lightning.
+
+Example:
+    >>> from lightning_gradguard import Severity
+    >>> Severity.WARNING.label
+    'warning'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_gradguard.callbacks import GradGuard, GradientMonitor
+    from lightning_gradguard.diagnose import Finding, Pathology, Severity
+    from lightning_gradguard.guard import GuardEngine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Finding",
+    "GradGuard",
+    "GradientMonitor",
+    "GuardEngine",
+    "Pathology",
+    "Severity",
+    "__version__",
+]
+
+_MODULE_OF = {
+    "Finding": "lightning_gradguard.diagnose",
+    "GradGuard": "lightning_gradguard.callbacks",
+    "GradientMonitor": "lightning_gradguard.callbacks",
+    "GuardEngine": "lightning_gradguard.guard",
+    "Pathology": "lightning_gradguard.diagnose",
+    "Severity": "lightning_gradguard.diagnose",
+}
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value  # the next access does not come through here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

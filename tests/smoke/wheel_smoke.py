@@ -1,0 +1,72 @@
+"""Tries an installed lightning-gradguard where nothing but its core dependencies is installed.
+
+Run by build_and_try.py in an environment of its own; not a pytest module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import pkgutil
+import sysconfig
+from pathlib import Path
+
+OPTIONAL = ("wandb", "matplotlib", "plotly", "rich")
+
+
+def check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise SystemExit(f"wheel smoke test failed: {otherwise}")
+
+
+def check_installation() -> None:
+    import lightning_gradguard
+
+    where = Path(lightning_gradguard.__file__).resolve()
+    site_packages = Path(sysconfig.get_path("purelib")).resolve()
+    check(where.is_relative_to(site_packages), f"{where} is not in {site_packages}")
+    typed = importlib.resources.files("lightning_gradguard") / "py.typed"
+    check(typed.is_file(), "py.typed is not in the wheel")
+    version = importlib.metadata.version("lightning-gradguard")
+    check(version == lightning_gradguard.__version__, f"metadata says version {version}")
+    for name in OPTIONAL:
+        check(importlib.util.find_spec(name) is None, f"{name} came in as a core dependency")
+
+
+def check_imports() -> None:
+    import lightning_gradguard
+
+    for module in pkgutil.walk_packages(lightning_gradguard.__path__, "lightning_gradguard."):
+        importlib.import_module(module.name)
+    for name in lightning_gradguard.__all__:
+        getattr(lightning_gradguard, name)
+
+
+def check_training() -> None:
+    import torch
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from lightning_gradguard import GradGuard
+
+    guard = GradGuard()
+    trainer = Trainer(
+        max_steps=4,
+        callbacks=[guard],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(BoringModel(), torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=2))
+    check(len(guard.history) == 4, f"4 steps of training left {len(guard.history)} records")
+    check(bool(guard.report()), "the report is empty")
+
+
+if __name__ == "__main__":
+    check_installation()
+    check_imports()
+    check_training()
