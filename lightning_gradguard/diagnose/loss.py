@@ -1,0 +1,279 @@
+"""Detectors that read the loss: a spike that stays, and divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_gradguard.diagnose.baseline import RobustBaseline
+from lightning_gradguard.diagnose.episode import Episode
+from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.progress import LossProgress, known_loss
+from lightning_gradguard.diagnose.thresholds import Thresholds
+
+_LOSS_SPIKE = (
+    Remedy(
+        "Look at the batch of this step for bad labels or values.",
+        "print({k: (v.min(), v.max()) for k, v in batch.items()})",
+    ),
+    Remedy(
+        "Let the guard skip outlier steps and cut the learning rate while the loss is high.",
+        "Trainer(callbacks=[GradGuard()])",
+    ),
+    Remedy(
+        "Lower the learning rate or lengthen its warm-up.",
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.3 * lr)",
+    ),
+)
+_DIVERGING = (
+    Remedy(
+        "Lower the learning rate.",
+        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * lr)",
+    ),
+    Remedy(
+        "Let the guard cap the updates and restore the last good weights.",
+        "Trainer(callbacks=[GradGuard()])",
+    ),
+    Remedy(
+        "Check the sign of the loss and that its gradient is not accumulated across steps.",
+        "optimizer.zero_grad()",
+    ),
+)
+
+
+class LossSpikeDetector:
+    """A loss far above the recent losses: `INFO`, and a `WARNING` when it stays there.
+
+    The warning needs the spike to last `spike_persistence` steps and to give back a decisive part
+    of the progress (`lost_progress`): a restart of the learning rate also lifts the loss for
+    long, but not back to where training began.
+    """
+
+    _steps: int
+    _below: int
+    _limit: float
+    _usual: float
+    _tallest: float
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self._thresholds = t = thresholds or Thresholds()
+        self._baseline = RobustBaseline(
+            t.window,
+            t.warmup,
+            t.accept_after,
+            t.outlier_z,
+            scale_floor=0.0,
+            relative_floor=t.loss_floor,
+        )
+        self._progress = LossProgress(t)
+        self._episode = Episode(t.heal_steps)
+        self.reset()
+
+    def observe(self, observation: Observation) -> list[Finding]:
+        """Takes in one step; see `Detector.observe`."""
+        loss = known_loss(observation)
+        if loss is None:
+            return []
+        baseline = self._baseline
+        t = self._thresholds
+        usual, limit = baseline.median, baseline.threshold(t.outlier_z)
+        excess = loss - usual if baseline.ready else 0.0
+        stands_out = excess > t.tail_factor * max(self._tallest, baseline.highest - usual)
+        self._tallest = max(excess, self._tallest * (1.0 - 1.0 / t.window))
+        z = baseline.update(loss)
+        self._progress.update(loss)
+        if self._steps:
+            return self._follow(observation, loss, z)
+        if not (z > t.outlier_z and stands_out):
+            self._episode.calm()
+            return []
+        self._steps, self._limit, self._usual = 1, limit, usual
+        return self._report(observation, loss, z, Severity.INFO)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers; see `Detector.state_dict`."""
+        return {
+            "baseline": self._baseline.state_dict(),
+            "progress": self._progress.state_dict(),
+            "episode": self._episode.state_dict(),
+            "steps": self._steps,
+            "limit": self._limit,
+            "usual": self._usual,
+            "below": self._below,
+            "tallest": self._tallest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state; see `Detector.load_state_dict`."""
+        self._baseline.load_state_dict(state["baseline"])
+        self._progress.load_state_dict(state["progress"])
+        self._episode.load_state_dict(state["episode"])
+        self._steps = state["steps"]
+        self._limit = state["limit"]
+        self._usual = state["usual"]
+        self._below = state["below"]
+        self._tallest = state["tallest"]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._baseline.reset()
+        self._progress.reset()
+        self._episode.reset()
+        self._steps = 0
+        self._limit = self._usual = 0.0
+        self._below = 0
+        self._tallest = 0.0
+
+    def _follow(self, observation: Observation, loss: float, z: float) -> list[Finding]:
+        """Watches an open spike against the limit of the steps before it."""
+        t = self._thresholds
+        self._steps += 1
+        self._below = 0 if loss > self._limit else self._below + 1
+        # Past a whole window the level is simply the level, and later spikes start from it.
+        if self._below >= t.spike_persistence or self._steps > t.window:
+            self._steps = self._below = 0
+            self._episode.calm(t.spike_persistence)
+            return []
+        share = self._progress.share_above(self._limit, t.spike_persistence)
+        if share < t.spike_share or not self._progress.is_worse():
+            return []
+        return self._report(observation, loss, z, Severity.WARNING)
+
+    def _report(
+        self, observation: Observation, loss: float, z: float, severity: Severity
+    ) -> list[Finding]:
+        if not self._episode.report(severity):
+            return []
+        if severity is Severity.INFO:
+            text = (
+                f"The loss jumped to {loss:.4g} from about {self._usual:.4g}, which a single hard "
+                "batch can explain, so watch whether it recovers."
+            )
+        else:
+            text = (
+                f"The loss has stayed near {self._progress.present:.4g} for {self._steps} steps "
+                f"after a jump from about {self._usual:.4g}, so the weights were damaged and much "
+                "of the progress is gone."
+            )
+        evidence = {
+            "loss": loss,
+            "usual": self._usual,
+            "limit": self._limit,
+            "z": max(-1e6, min(z, 1e6)),
+            "steps": float(self._steps),
+        }
+        return [
+            Finding(
+                Pathology.LOSS_SPIKE,
+                severity,
+                "loss",
+                observation.step,
+                evidence,
+                text,
+                _LOSS_SPIKE,
+            )
+        ]
+
+
+class DivergingDetector:
+    """A loss that has left its best level for good.
+
+    Judged once per block of steps, on the block's lower quartile, so neither outliers nor noise
+    that grew count. Above the best level for `diverging_blocks` blocks is `INFO`, and a `WARNING`
+    once `lost_progress` of the progress is gone. Above the early level for `far_blocks` blocks, or
+    without a single loss as good as the early level for `diverging_blocks` blocks, is a `WARNING`;
+    either for `critical_blocks` blocks is `CRITICAL`.
+    """
+
+    _above_best: int
+    _above_early: int
+    _never_early: int
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self._thresholds = thresholds or Thresholds()
+        self._progress = LossProgress(self._thresholds)
+        self._episode = Episode(self._thresholds.heal_steps)
+        self.reset()
+
+    def observe(self, observation: Observation) -> list[Finding]:
+        """Takes in one step; see `Detector.observe`."""
+        loss = known_loss(observation)
+        if loss is None or not self._progress.update(loss):
+            return []
+        progress, t = self._progress, self._thresholds
+        self._above_best = self._above_best + 1 if progress.above_best(progress.low) else 0
+        self._above_early = self._above_early + 1 if progress.above_early(progress.low) else 0
+        self._never_early = self._never_early + 1 if progress.never_early() else 0
+        severity = self._severity()
+        if severity is None:
+            if not (self._above_best or self._never_early):
+                self._episode.calm(t.block)
+            return []
+        if not self._episode.report(severity):
+            return []
+        return [self._finding(observation, severity)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers; see `Detector.state_dict`."""
+        return {
+            "progress": self._progress.state_dict(),
+            "episode": self._episode.state_dict(),
+            "above_best": self._above_best,
+            "above_early": self._above_early,
+            "never_early": self._never_early,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state; see `Detector.load_state_dict`."""
+        self._progress.load_state_dict(state["progress"])
+        self._episode.load_state_dict(state["episode"])
+        self._above_best = state["above_best"]
+        self._above_early = state["above_early"]
+        self._never_early = state["never_early"]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._progress.reset()
+        self._episode.reset()
+        self._above_best = 0
+        self._above_early = 0
+        self._never_early = 0
+
+    def _severity(self) -> Severity | None:
+        t, progress = self._thresholds, self._progress
+        if max(self._above_early, self._never_early) >= t.critical_blocks:
+            return Severity.CRITICAL
+        if self._above_early >= t.far_blocks or self._never_early >= t.diverging_blocks:
+            return Severity.WARNING
+        if self._above_best < t.diverging_blocks:
+            return None
+        lost = progress.lost(progress.level) >= t.lost_progress
+        return Severity.WARNING if lost else Severity.INFO
+
+    def _finding(self, observation: Observation, severity: Severity) -> Finding:
+        progress = self._progress
+        blocks = max(self._above_best, self._above_early, self._never_early)
+        steps = blocks * self._thresholds.block
+        if severity is Severity.INFO:
+            follows = "so the run may be starting to diverge"
+        elif severity is Severity.WARNING:
+            follows = "so the run is undoing what it learned"
+        else:
+            follows = "so only earlier weights or a new start will save the run"
+        return Finding(
+            Pathology.DIVERGING,
+            severity,
+            "loss",
+            observation.step,
+            {
+                "loss": progress.level,
+                "best": progress.best,
+                "early": progress.early,
+                "lost": min(progress.lost(progress.level), 1e6),
+                "steps": float(steps),
+            },
+            f"The loss is near {progress.level:.4g} and has been above its best level "
+            f"{progress.best:.4g} for {steps} steps (early in training it was "
+            f"{progress.early:.4g}), {follows}.",
+            _DIVERGING,
+        )

@@ -1,0 +1,209 @@
+"""The functional evidence: is the loss better than early in training, or has it got worse?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE
+from lightning_gradguard.diagnose.findings import Observation
+from lightning_gradguard.diagnose.thresholds import Thresholds
+
+# Far from float64's limit, so that differences of two losses and their multiples stay finite.
+_LARGEST = 1e300
+
+
+def known_loss(observation: Observation) -> float | None:
+    """Returns the loss if it is known and finite, kept where its differences cannot overflow."""
+    loss = observation.loss
+    if loss is None or not -math.inf < loss < math.inf:
+        return None
+    if -_LARGEST < loss < _LARGEST:
+        return loss
+    return math.copysign(_LARGEST, loss)
+
+
+class LossProgress:
+    """Early, best and present level of the loss, from medians of blocks of steps.
+
+    Everything is a difference measured in noise scales or in the improvement made so far, so
+    neither scaling nor a negative loss matters. Only a positive level also gives a margin in
+    proportion to itself (`Thresholds.level_margin`): a loss that was ever at zero or below has no
+    natural zero to be in proportion to.
+    """
+
+    _block: list[float]
+    _previous: list[float]
+    _count: int
+    _moves: list[float]
+    _wander: float
+    first: float
+    early: float
+    early_noise: float
+    best: float
+    best_noise: float
+    level: float
+    low: float
+    lowest: float
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self._thresholds = thresholds
+        self.reset()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an early level and enough later losses to compare with it."""
+        return self._count >= self._thresholds.early_steps + self._thresholds.recent
+
+    @property
+    def present(self) -> float:
+        """Median of the last `recent` losses."""
+        recent = self._thresholds.recent
+        missing = recent - len(self._block)
+        if missing <= 0:
+            return median(self._block[-recent:])
+        return median(self._previous[-missing:] + self._block)
+
+    def update(self, loss: float) -> bool:
+        """Enters a finite loss; returns whether it completed a block."""
+        block = self._block
+        if not self._count:
+            self.first = loss
+        block.append(loss)
+        self._count += 1
+        if self._count == self._thresholds.early_steps:
+            self._set_first_reference()
+        if len(block) < self._thresholds.block:
+            return False
+        self._finish_block()
+        return True
+
+    def share_above(self, limit: float, count: int) -> float:
+        """Returns the share of the last `count` losses that exceed `limit`."""
+        tail = (self._previous + self._block)[-count:]
+        return sum(loss > limit for loss in tail) / count
+
+    def lost(self, level: float) -> float:
+        """Returns the share of the improvement since early training that `level` gives back.
+
+        0 at the best level, 1 at the early level. Where nothing was gained, the unit is the
+        noise of the early losses instead.
+        """
+        unit = max(self.early - self.best, 0.5 * self._margin(self.early, self.early_noise))
+        rise = level - self.best
+        if rise <= 0.0:
+            return 0.0
+        return rise / unit if unit > 0.0 else math.inf
+
+    def above_best(self, level: float) -> bool:
+        """Whether `level` is above the best level by more than noise."""
+        return level > self.best + self._margin(self.best, self.best_noise)
+
+    def above_early(self, level: float) -> bool:
+        """Whether `level` is above the early level by more than noise."""
+        return level > self.early + self._margin(self.early, self.early_noise)
+
+    def never_early(self) -> bool:
+        """Whether not one loss of the last block was as good as the early level.
+
+        Needs no noise scale, which a run that blows up in its first steps never shows.
+        """
+        later = self._count > self._thresholds.block
+        return later and self.lowest > self.early + self._margin(self.early, 0.0)
+
+    def doubled(self, loss: float) -> bool:
+        """Whether `loss` is more than twice the first, or beyond noise if that is not positive."""
+        unit = self.first if self.first > 0.0 else self._thresholds.margin * self.early_noise
+        return self._count > 1 and loss - self.first > unit
+
+    def is_worse(self) -> bool:
+        """The gate: the present loss has lost a decisive part of the progress, beyond noise."""
+        if not self.ready:
+            return False
+        present = self.present
+        return self.above_best(present) and self.lost(present) >= self._thresholds.lost_progress
+
+    def is_stuck(self) -> bool:
+        """Whether the present loss is no better than early in training."""
+        return self.ready and self.present >= self.early - self.early_noise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers and lists."""
+        return {
+            "block": list(self._block),
+            "previous": list(self._previous),
+            "count": self._count,
+            "early": self.early,
+            "early_noise": self.early_noise,
+            "best": self.best,
+            "best_noise": self.best_noise,
+            "level": self.level,
+            "low": self.low,
+            "lowest": self.lowest,
+            "first": self.first,
+            "moves": list(self._moves),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state."""
+        self._block = list(state["block"])
+        self._previous = list(state["previous"])
+        self._count = state["count"]
+        self.early = state["early"]
+        self.early_noise = state["early_noise"]
+        self.best = state["best"]
+        self.best_noise = state["best_noise"]
+        self.level = state["level"]
+        self.low = state["low"]
+        self.lowest = state["lowest"]
+        self.first = state["first"]
+        self._moves = list(state["moves"])
+        self._wander = self._measure_wander()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._block = []
+        self._previous = []
+        self._count = 0
+        self._moves = []
+        self._wander = 0.0
+        self.first = self.early = self.early_noise = 0.0
+        self.best = self.best_noise = 0.0
+        self.level = self.low = self.lowest = 0.0
+
+    def _margin(self, level: float, noise: float) -> float:
+        t = self._thresholds
+        share = t.level_margin if self._wander_is_known() else t.young_level_margin
+        noise = max(noise, t.wander_margin * self._wander)
+        return max(t.margin * noise, share * level, 0.0)
+
+    def _wander_is_known(self) -> bool:
+        return len(self._moves) >= self._thresholds.least_moves
+
+    def _measure_wander(self) -> float:
+        """Typical move of the level between blocks: slow waves do not show within one."""
+        return median(self._moves) if self._wander_is_known() else 0.0
+
+    def _set_first_reference(self) -> None:
+        # The range, not the MAD: a MAD of so few values is often near zero by chance.
+        self.early = self.best = median(self._block)
+        self.early_noise = self.best_noise = max(self._block) - min(self._block)
+
+    def _finish_block(self) -> None:
+        block = self._block
+        ranked = sorted(block)
+        level = median(ranked)
+        noise = MAD_TO_SCALE * median(abs(loss - level) for loss in ranked)
+        if self._count == len(block):
+            self.early, self.early_noise = min(self.early, level), noise
+            self.best, self.best_noise = self.early, noise
+        else:
+            moves = [*self._moves, abs(level - self.level)]
+            self._moves = moves[-self._thresholds.moves :]
+            self._wander = self._measure_wander()
+        if level < self.best:
+            self.best, self.best_noise = level, noise
+        self.level, self.low, self.lowest = level, ranked[len(ranked) // 4], ranked[0]
+        self._previous, self._block = block, []
