@@ -1,0 +1,71 @@
+"""All ranks decide from the same numbers, and stop guarding together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Agreement:
+    """Averages what a decision rests on over all processes, in one small collective per step.
+
+    The vector carries a flag by which a rank whose guard has failed tells the others. They turn
+    theirs off when they read it, ``delay`` steps later, so the failed rank keeps sending for just
+    as long: no rank is left waiting in a collective.
+
+    Args:
+        enabled: Whether to take part; a guard that only observes decides nothing.
+        delay: Steps between a collective and its reading on the host.
+    """
+
+    def __init__(self, *, enabled: bool, delay: int) -> None:
+        self._world_size = _world_size() if enabled else 1
+        self._delay = delay
+        self._awaited = False
+        self._owed = 0
+
+    @property
+    def owes(self) -> bool:
+        """Whether this rank has failed and others still wait for its numbers."""
+        return self._owed > 0
+
+    def begin(self) -> None:
+        """A step begins in which the others will wait for this rank's numbers."""
+        self._awaited = self._world_size > 1
+
+    def reach(self, head: Tensor) -> Tensor:
+        """Average ``head`` over all processes, in place; NaN where any is NaN.
+
+        Args:
+            head: (K,) this process's numbers, the last of them 0.
+
+        Returns:
+            (K,) the same on every process; the last is above 0 if a rank has failed.
+        """
+        if self._world_size > 1:
+            torch.distributed.all_reduce(head)
+            head /= self._world_size
+            self._awaited = False
+        return head
+
+    def fail(self, head: Tensor) -> None:
+        """This rank's guard is off: tell the others, now if they wait already.
+
+        Args:
+            head: (K,) any tensor of the shape, dtype and device that :meth:`reach` is given.
+        """
+        self._owed = self._delay + 1 if self._world_size > 1 else 0
+        if self._awaited:
+            self.send_failure(head)
+
+    def send_failure(self, head: Tensor) -> None:
+        """Take part in one more step's collective, as a rank that has failed."""
+        self._owed -= 1
+        self._awaited = False
+        torch.distributed.all_reduce(torch.ones_like(head))
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1

@@ -1,0 +1,83 @@
+"""Carry out a plan on the gradients: on the host, or inside a fused optimizer's own kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.respond.clipping import clip_coefficient, scale_gradients
+from lightning_gradguard.respond.ladder import StepPlan
+from lightning_gradguard.respond.skipping import drop_gradients
+
+
+def runs_fused(optimizer: Optimizer) -> bool:
+    """Whether the step is one of torch's fused kernels, which can clip and skip by themselves."""
+    return (
+        bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        and type(optimizer).__module__.startswith("torch.optim")
+        and all(group.get("fused") for group in optimizer.param_groups)
+    )
+
+
+def apply_on_host(plan: StepPlan, total_norm: float, parameters: Sequence[Tensor]) -> float:
+    """Clip or drop the gradients; returns the coefficient, 0.0 for a dropped step.
+
+    Where nothing needs clipping nothing is multiplied: the host knows, so a healthy step costs no
+    pass over memory.
+    """
+    if plan.skips(total_norm):
+        drop_gradients(parameters)
+        return 0.0
+    coefficient = clip_coefficient(total_norm, plan.clip_threshold)
+    if coefficient < 1.0:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        scale_gradients(gradients, coefficient)
+    return coefficient
+
+
+class FusedControls:
+    """Clips and skips inside a fused optimizer's kernel: no host read, no pass over memory.
+
+    Fused kernels divide the gradient by ``optimizer.grad_scale`` and do nothing at all where
+    ``optimizer.found_inf`` is 1; this is how torch's own ``GradScaler`` talks to them.
+    """
+
+    _NAMES = ("grad_scale", "found_inf")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._active = False
+
+    def apply(self, plan: StepPlan, total_norm: Tensor) -> Tensor:
+        """Set the controls for the coming step.
+
+        Args:
+            plan: The bounds.
+            total_norm: () on the device.
+
+        Returns:
+            The coefficient, () on the device; 0 for a dropped step.
+        """
+        norm = total_norm.to(torch.float32)
+        limit = min(plan.skip_limit, torch.finfo(torch.float32).max)
+        bad = ~(norm <= limit) if plan.may_skip else torch.zeros_like(norm, dtype=torch.bool)
+        if math.isfinite(plan.clip_threshold):
+            scale = (norm / plan.clip_threshold).clamp_(min=1.0)
+        else:
+            scale = torch.ones_like(norm)
+        found_inf = bad.to(torch.float32)
+        for name, value in zip(self._NAMES, (scale, found_inf), strict=True):
+            setattr(self._optimizer, name, value)
+        self._active = True
+        return torch.where(bad, 0.0, scale.reciprocal())
+
+    def restore(self) -> None:
+        """Take the controls off again."""
+        if self._active:
+            for name in self._NAMES:
+                delattr(self._optimizer, name)
+            self._active = False
