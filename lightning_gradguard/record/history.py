@@ -1,0 +1,53 @@
+"""The last steps as numbers, kept in memory and bounded."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Args:
+        step: Number of the step, from 0, counted per optimizer; skipped steps count.
+        loss: Mean loss of the step's micro-batches, over all ranks; ``None`` if not known.
+        total_norm: Gradient norm before clipping.
+        clip_threshold: What the norm was clipped to; ``inf`` while there is no baseline.
+        clip_coef: The factor applied to the gradient.
+        max_ratio: The cap on the relative update; ``inf`` when there is none.
+        capped_tensors: How many tensors were moved back to the cap.
+        skipped: Whether the step was dropped.
+        lr_scale: The factor on the learning rate.
+    """
+
+    step: int
+    loss: float | None
+    total_norm: float
+    clip_threshold: float
+    clip_coef: float
+    max_ratio: float
+    capped_tensors: int
+    skipped: bool
+    lr_scale: float
+
+
+class History:
+    """The last ``max_rows`` steps, oldest first.
+
+    Args:
+        max_rows: Bound on memory. Default 10,000 rows, about 2 MB.
+    """
+
+    def __init__(self, max_rows: int = 10_000) -> None:
+        self._rows: deque[StepRecord] = deque(maxlen=max_rows)
+
+    def append(self, row: StepRecord) -> None:
+        """Add one step."""
+        self._rows.append(row)
+
+    @property
+    def rows(self) -> list[StepRecord]:
+        """A copy of the rows."""
+        return list(self._rows)

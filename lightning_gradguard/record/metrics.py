@@ -1,0 +1,57 @@
+"""Metric keys, as every logger gets them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from lightning_gradguard.record.history import StepRecord
+
+_NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_./]")
+
+
+def metric_key(*parts: str) -> str:
+    """Join parts to a key of letters, digits, ``_``, ``.`` and ``/`` only.
+
+    Example:
+        >>> metric_key("grad_norm", "encoder.rnn:0")
+        'grad_norm/encoder.rnn_0'
+    """
+    return "/".join(_NOT_ALLOWED.sub("_", part) for part in parts if part)
+
+
+def step_metrics(row: StepRecord, *, protecting: bool, label: str = "") -> dict[str, float]:
+    """What one step logs: the norm, and with responses on what they did.
+
+    Args:
+        row: The step.
+        protecting: Whether responses are on.
+        label: Name of the optimizer, put into the keys where there are several.
+    """
+    metrics = {"grad_norm/total": row.total_norm}
+    if protecting:
+        metrics |= {
+            "grad_norm/total_clipped": row.total_norm * row.clip_coef,
+            "gradguard/clip_threshold": row.clip_threshold,
+            "gradguard/clip_coef": row.clip_coef,
+            "gradguard/max_ratio": row.max_ratio,
+            "gradguard/capped_tensors": float(row.capped_tensors),
+            "gradguard/lr_scale": row.lr_scale,
+        }
+    return {_labelled(key, label): value for key, value in metrics.items()}
+
+
+def count_metrics(counts: Mapping[str, int], label: str = "") -> dict[str, float]:
+    """Running counts: skipped steps and findings."""
+    keys = {"skipped_steps": "gradguard/skipped_steps", "findings": "gradguard/findings"}
+    return {_labelled(keys[k], label): float(v) for k, v in counts.items() if k in keys}
+
+
+def layer_metrics(layers: Mapping[str, float], label: str = "") -> dict[str, float]:
+    """One norm per layer."""
+    return {_labelled(metric_key("grad_norm", name), label): v for name, v in layers.items()}
+
+
+def _labelled(key: str, label: str) -> str:
+    head, tail = key.split("/", 1)
+    return metric_key(head, label, tail)
