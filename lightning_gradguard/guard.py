@@ -1,0 +1,390 @@
+"""The guard of one optimizer in a plain torch loop: everything that touches tensors.
+
+::
+
+    loss.backward()
+    guard.before_step(loss)   measure -> hold the step to its bounds: clip, drop, copy near the cap
+    optimizer.step()          -> post-step hook: cap the update -> diagnose, respond, record
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gradguard._validation import check_choice, check_type
+from lightning_gradguard.diagnose import Finding, Thresholds, default_detectors
+from lightning_gradguard.measure import GradNorms, NormMeter
+from lightning_gradguard.measure.readback import DelayedRead
+from lightning_gradguard.measure.updates import UpdateForecast
+from lightning_gradguard.pipeline import Outcome, Pipeline
+from lightning_gradguard.record import Recorder, StepRecord, format_report
+from lightning_gradguard.respond import (
+    Action,
+    AdaptiveClip,
+    LearningRateBackoff,
+    SkipBadSteps,
+    UpdateCap,
+)
+from lightning_gradguard.respond.agreement import Agreement
+from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs_fused
+from lightning_gradguard.respond.cap_enforcement import UpdateCapEnforcer
+from lightning_gradguard.respond.ladder import Ladder, LadderSettings
+from lightning_gradguard.respond.learning_rate import ScaledLearningRate
+
+logger = logging.getLogger("lightning_gradguard")
+
+# Steps between a decision on the device and its reading on the host: enough for the copy to have
+# arrived on any accelerator, so that the host never waits.
+DEVICE_DELAY = 2
+
+
+@dataclass
+class _Step:
+    """A step under way."""
+
+    outcome: Outcome
+    norms: GradNorms | None
+    on_device: Tensor | None = None  # total norm, loss, failed ranks, coefficient, forecast ratios
+
+    @property
+    def dropped(self) -> bool:
+        return self.outcome.coefficient == 0.0
+
+
+class GuardEngine:
+    """Watches and protects one optimizer in a plain torch loop.
+
+    Args:
+        model: The module whose parameter names appear in findings.
+        optimizer: The optimizer that steps. Only its parameters are measured.
+        mode: ``"protect"``, or ``"observe"`` to measure and find without ever changing a bit.
+        clip: Adaptive clipping, or ``None`` for none.
+        cap: Cap on relative updates, or ``None`` for none.
+        skip: Skipping of bad steps, or ``None`` for none.
+        backoff: Learning-rate back-off, or ``None`` for none.
+        thresholds: What counts as a finding.
+        recorder: Where findings and actions go. Default: memory and the console.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or the optimizer cannot be guarded.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> guard = GuardEngine(model, optimizer)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = model(torch.ones(2, 3)).square().mean()
+        ...     loss.backward()
+        ...     guard.before_step(loss)
+        ...     optimizer.step()
+        >>> [row.step for row in guard.history]
+        [0, 1, 2]
+        >>> guard.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        mode: str = "protect",
+        clip: AdaptiveClip | None = AdaptiveClip(),
+        cap: UpdateCap | None = UpdateCap(),
+        skip: SkipBadSteps | None = SkipBadSteps(),
+        backoff: LearningRateBackoff | None = LearningRateBackoff(),
+        thresholds: Thresholds | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        check_type("model", model, nn.Module, "a torch.nn.Module")
+        check_type("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        check_choice("mode", mode, ("protect", "observe"))
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(  # noqa: TRY004 - of the right type, but not one that can be guarded
+                "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
+                "several times inside one step and cannot be guarded"
+            )
+        protecting = mode == "protect"
+        self.mode = mode
+        self.active = True
+        self.step = 0
+        self.last_norms: GradNorms | None = None
+        self.recorder = recorder if recorder is not None else Recorder()
+        self._model = model
+        self._optimizer = optimizer
+        self._caps = protecting and cap is not None
+        self._rate = ScaledLearningRate(optimizer)
+        self._fused = runs_fused(optimizer)
+        self._controls = FusedControls(optimizer)
+        self._late: DelayedRead[_Step] = DelayedRead(DEVICE_DELAY)
+        self._agreement = Agreement(enabled=protecting, delay=DEVICE_DELAY if self._fused else 0)
+        ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
+        self._pipeline = Pipeline(ladder, default_detectors(thresholds), self.recorder)
+        self._current: _Step | None = None
+        self._late_forecast: list[float] | None = None
+        self._watch_parameters()
+        self._hook = optimizer.register_step_post_hook(self._post_step_hook)
+
+    # -- what happened ---------------------------------------------------------------------------
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Findings so far, in the order in which they opened."""
+        return list(self.recorder.findings)
+
+    @property
+    def actions(self) -> list[Action]:
+        """What the guard did, oldest first; clips and caps are in :attr:`history`."""
+        return list(self.recorder.actions)
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The last steps as numbers, oldest first."""
+        return self.recorder.history
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Running counts: skipped, clipped and capped steps, findings."""
+        return self._pipeline.counts
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the ladder is spent and the run should end."""
+        ladder = self._pipeline.ladder
+        return ladder is not None and ladder.should_stop
+
+    def report(self) -> str:
+        """Findings, remedies and actions as text."""
+        return format_report(self.findings, self.actions, self.counts, self.recorder.label)
+
+    # -- around each step ------------------------------------------------------------------------
+
+    def before_step(
+        self, loss: Tensor | float | None = None, *, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """Measure, and hold the coming ``optimizer.step()`` to its bounds.
+
+        Call it after the backward pass and before the step. An error inside the guard never
+        reaches the caller: it is logged once and the guard turns itself off.
+
+        Args:
+            loss: Scalar loss of this step; ``None`` if there is none, and then nothing that needs
+                the progress of the loss is found or done.
+            scaler: The gradient scaler in use, if any; it drops non-finite steps itself.
+        """
+        if self.active:
+            with self._containment():
+                self._before_step(loss, scaler)
+        elif self._agreement.owes:
+            self._agreement.send_failure(torch.stack([self._zero] * 3))
+
+    def _before_step(
+        self, loss: Tensor | float | None, scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self._agreement.begin()
+        self._abandon()
+        if _parameter_count(self._optimizer) != len(self._watched):
+            self._watch_parameters()
+        norms = self._meter.measure()
+        total = norms.total
+        if scaler is not None and self._fused:  # its gradients are unscaled inside the kernel
+            total = total / scaler.get_scale()
+        head = self._agreement.reach(self._head(total, loss))
+        if not any(norms.present):
+            return
+        self.last_norms = norms
+        outcome = Outcome(
+            self.step,
+            self._pipeline.plan,
+            loss=None if loss is None else math.nan,
+            left_to_scaler=scaler is not None,
+        )
+        self.step += 1
+        self._current = step = _Step(outcome, norms)
+        if self._fused and scaler is None:
+            forecast = self._act_on_device(step, head)
+        else:
+            forecast = self._act_on_host(step, head)
+        if self.active and self._pipeline.ladder is not None and not step.dropped:
+            growth = self._rate.apply(outcome.plan.lr_scale)
+            if self._cap is not None:
+                ratios = None if forecast is None else [growth * ratio for ratio in forecast]
+                self._cap.before_step(outcome.plan.max_ratio, ratios)
+
+    def _act_on_host(self, step: _Step, head: Tensor) -> list[float] | None:
+        """Decide from values read now: the one host read of a healthy step."""
+        forecast_P = self._forecast_ratios(step)
+        values = head if forecast_P is None else torch.cat([head, forecast_P.to(head)])
+        total, loss, failed, *forecast = values.tolist()
+        if failed > 0:
+            self._turn_off("the guard failed on another rank")
+            return None
+        plan, coefficient = step.outcome.plan, 1.0
+        # A scaler finds and drops steps that are not finite by itself.
+        theirs = step.outcome.left_to_scaler and not math.isfinite(total)
+        if self._pipeline.ladder is not None and not theirs:
+            coefficient = apply_on_host(plan, total, self._meter.parameters)
+        step.outcome = step.outcome.seen(total, loss, coefficient)
+        return None if forecast_P is None else forecast
+
+    def _act_on_device(self, step: _Step, head: Tensor) -> list[float] | None:
+        """Decide on the device; the host reads of it ``DEVICE_DELAY`` steps later."""
+        if self._pipeline.ladder is not None:
+            coefficient = self._controls.apply(step.outcome.plan, head[0])
+        else:
+            coefficient = torch.ones_like(head[0])
+        parts = [head, coefficient.view(1).to(head)]
+        forecast_P = self._forecast_ratios(step)
+        step.on_device = torch.cat(parts if forecast_P is None else [*parts, forecast_P.to(head)])
+        return self._late_forecast
+
+    def _forecast_ratios(self, step: _Step) -> Tensor | None:
+        if self._cap is None or step.norms is None:
+            return None
+        return self._forecast.ratios(step.norms.values)
+
+    def _post_step_hook(self, *_: object) -> None:
+        if self.active and self._current is not None:
+            with self._containment():
+                self._after_step(self._current)
+
+    def _after_step(self, step: _Step) -> None:
+        self._current = None
+        self._release()
+        capped: int | Tensor = 0
+        if self._cap is not None and not step.dropped:
+            capped = self._cap.after_step()
+            self._forecast.record(self._cap.ratios())
+        if step.on_device is None:
+            self._take(step, replace(step.outcome, capped=int(capped)))
+            return
+        count = torch.as_tensor(capped, device=step.on_device.device).view(1).to(step.on_device)
+        for late, values in self._late.push(step, torch.cat([count, step.on_device])):
+            self._take_late(late, values)
+
+    def _take_late(self, step: _Step, values: list[float]) -> None:
+        """Account for a step that was decided on the device some steps ago."""
+        capped, total, loss, failed, coefficient, *forecast = values
+        self._late_forecast = forecast or None
+        if failed > 0:
+            self._turn_off("the guard failed on another rank")
+            return
+        outcome = step.outcome.seen(total, loss, coefficient)
+        self._take(step, replace(outcome, capped=int(capped)))
+
+    def _take(self, step: _Step, outcome: Outcome) -> None:
+        norms = step.norms
+        self._pipeline.take(outcome, None if norms is None else lambda: norms.parameters)
+
+    def _abandon(self) -> None:
+        """A step that was announced but never reached its update: a scaler dropped it."""
+        step, self._current = self._current, None
+        if step is not None:
+            self._release()
+            if step.on_device is None:
+                self._take(step, step.outcome)
+
+    # -- what is watched -------------------------------------------------------------------------
+
+    def _watch_parameters(self) -> None:
+        """Follow the optimizer's parameters as they are now; groups can be added at any time."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        self._watched = [p for group in self._optimizer.param_groups for p in group["params"]]
+        named = [(names.get(id(p), f"parameter_{i}"), p) for i, p in enumerate(self._watched)]
+        self._meter = NormMeter(named)
+        parameters = self._meter.parameters
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._zero = torch.zeros((), device=device)
+        self._no_loss = torch.full((), math.nan, device=device)
+        self._pipeline.tensors = len(parameters)
+        self._cap = UpdateCapEnforcer(parameters, on_device=self._fused) if self._caps else None
+        self._forecast = UpdateForecast()
+        self._late_forecast = None
+
+    def _head(self, total: Tensor, loss: Tensor | float | None) -> Tensor:
+        """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank."""
+        value = self._no_loss if loss is None else loss
+        value = value.detach().to(total) if isinstance(value, Tensor) else total.new_tensor(value)
+        return torch.stack([total, value, self._zero.to(total)])
+
+    # -- failure and end -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _containment(self) -> Iterator[None]:
+        """An error of the guard's own must not end the run that it is there to save."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            self._turn_off(f"an internal error ({type(error).__name__}: {error})", error)
+
+    def _turn_off(self, reason: str, error: Exception | None = None) -> None:
+        self.abort()
+        logger.error(
+            "GradGuard is off from step %d on because of %s; training goes on unguarded.",
+            self.step,
+            reason,
+            exc_info=error,
+        )
+        if error is not None:
+            self._agreement.fail(torch.stack([self._zero] * 3))
+
+    def _release(self) -> None:
+        """Put back what was set on the optimizer for one step."""
+        self._rate.restore()
+        self._controls.restore()
+
+    def abort(self) -> None:
+        """Take everything off the optimizer at once, whatever state the guard is in."""
+        self.active = False
+        self._current = None
+        self._release()
+        self._hook.remove()
+
+    def close(self) -> None:
+        """Take everything off the optimizer; the engine can still be asked what happened."""
+        self._abandon()
+        for late, values in self._late.drain():
+            self._take_late(late, values)
+        self._late.refill([])
+        self.abort()
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values from which :meth:`load_state_dict` continues exactly."""
+        return {
+            "step": self.step,
+            "pipeline": self._pipeline.state_dict(),
+            "late": [
+                {"outcome": step.outcome.to_dict(), "values": values}
+                for step, values in self._late.drain()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.step = int(state["step"])
+        self._pipeline.load_state_dict(state["pipeline"])
+        self._late.refill(
+            [
+                (_Step(Outcome.from_dict(entry["outcome"]), None), list(entry["values"]))
+                for entry in state["late"]
+            ]
+        )
+        self._forecast = UpdateForecast()
+        self._late_forecast = None
+
+
+def _parameter_count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)

@@ -1,0 +1,165 @@
+"""The half of the guard that is plain numbers: diagnose -> respond -> record.
+
+No tensors and no hooks here: one step's numbers go in, the bounds of the next step come out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from lightning_gradguard.diagnose import Detector, Finding, Observation
+from lightning_gradguard.record import Recorder, StepRecord
+from lightning_gradguard.respond.ladder import Ladder, StepPlan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step.
+
+    Args:
+        number: Number of the step.
+        plan: The bounds it was held to.
+        total_norm: Gradient norm before clipping.
+        loss: Loss, if known.
+        coefficient: What the gradient was multiplied by; 0 if the step was dropped.
+        capped: Tensors that were moved back to the cap.
+        left_to_scaler: Whether a gradient scaler is in charge of steps that are not finite.
+    """
+
+    number: int
+    plan: StepPlan
+    total_norm: float = math.nan
+    loss: float | None = None
+    coefficient: float = 1.0
+    capped: int = 0
+    left_to_scaler: bool = False
+
+    def seen(self, total_norm: float, loss: float, coefficient: float) -> Outcome:
+        """The same step with what was read; a loss that was never given stays unknown."""
+        known = None if self.loss is None else loss
+        return replace(self, total_norm=total_norm, loss=known, coefficient=coefficient)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**values, "plan": StepPlan(**values["plan"])})
+
+
+class Pipeline:
+    """Takes in one step after the other.
+
+    Args:
+        ladder: Decides on the bounds; ``None`` to observe only.
+        detectors: Turn numbers into findings.
+        recorder: Where everything is recorded.
+
+    Attributes:
+        tensors: How many tensors the optimizer updates.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder | None,
+        detectors: list[Detector],
+        recorder: Recorder,
+    ) -> None:
+        self.ladder = ladder
+        self.recorder = recorder
+        self.tensors = 1
+        self._detectors = detectors
+        self._counts = dict.fromkeys(("skipped_steps", "clipped_steps", "capped_steps"), 0)
+
+    @property
+    def plan(self) -> StepPlan:
+        """The bounds of the next step."""
+        return self.ladder.plan() if self.ladder else StepPlan()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Running counts: skipped, clipped and capped steps, findings."""
+        return {**self._counts, "findings": len(self.recorder.findings)}
+
+    def take(
+        self, outcome: Outcome, norms: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        """Diagnose, respond to and record one step.
+
+        Args:
+            outcome: The step.
+            norms: Reads the norm of every parameter; asked only when the total is not finite.
+        """
+        finite = math.isfinite(outcome.total_norm)
+        dropped = outcome.coefficient == 0.0 or (outcome.left_to_scaler and not finite)
+        # A scaler that looks for its scale meets infinities on purpose: that is no finding.
+        if finite or not outcome.left_to_scaler:
+            findings = self._diagnose(outcome, norms if not finite else None)
+            self._respond(outcome, dropped, findings)
+        self._counts["skipped_steps"] += dropped
+        self._counts["clipped_steps"] += 0.0 < outcome.coefficient < 1.0
+        self._counts["capped_steps"] += outcome.capped > 0
+        self.recorder.step(
+            StepRecord(
+                step=outcome.number,
+                loss=outcome.loss,
+                total_norm=outcome.total_norm,
+                clip_threshold=outcome.plan.clip_threshold,
+                clip_coef=outcome.coefficient,
+                max_ratio=outcome.plan.max_ratio,
+                capped_tensors=outcome.capped,
+                skipped=dropped,
+                lr_scale=outcome.plan.lr_scale,
+            )
+        )
+
+    def _diagnose(
+        self, outcome: Outcome, norms: Callable[[], Mapping[str, float]] | None
+    ) -> list[Finding]:
+        observation = Observation(
+            step=outcome.number,
+            loss=outcome.loss,
+            total_norm=outcome.total_norm,
+            norms=norms() if norms else None,
+        )
+        findings = [f for detector in self._detectors for f in detector.observe(observation)]
+        for finding in findings:
+            self.recorder.finding(finding)
+        return findings
+
+    def _respond(self, outcome: Outcome, dropped: bool, findings: list[Finding]) -> None:
+        if self.ladder is None:
+            return
+        actions = self.ladder.observe(
+            outcome.number,
+            total_norm=outcome.total_norm,
+            loss=outcome.loss,
+            skipped=dropped,
+            capped_share=outcome.capped / max(self.tensors, 1),
+            findings=findings,
+        )
+        for action in actions:
+            self.recorder.action(action)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values from which :meth:`load_state_dict` continues."""
+        return {
+            "ladder": self.ladder.state_dict() if self.ladder else None,
+            "detectors": {type(d).__name__: d.state_dict() for d in self._detectors},
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state; a part that was not in use then starts afresh."""
+        if self.ladder is not None and state["ladder"] is not None:
+            self.ladder.load_state_dict(state["ladder"])
+        for detector in self._detectors:
+            saved = state["detectors"].get(type(detector).__name__)
+            if saved is not None:
+                detector.load_state_dict(saved)
+        self._counts.update(state["counts"])
