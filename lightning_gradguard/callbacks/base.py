@@ -1,0 +1,297 @@
+"""What the callbacks share: one engine per optimizer, fed from Lightning's hooks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gradguard._validation import check_number, check_type
+from lightning_gradguard.callbacks.epoch import EpochNorms
+from lightning_gradguard.diagnose import Finding
+from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.record import EventLog, Recorder, StepRecord
+from lightning_gradguard.record.metrics import count_metrics, layer_metrics, step_metrics
+from lightning_gradguard.respond import Action
+
+logger = logging.getLogger("lightning_gradguard")
+
+P = ParamSpec("P")
+Self_ = TypeVar("Self_", bound="EngineCallback")
+
+# Their gradients are not on the parameters as torch keeps them, so any norm would be wrong.
+_NOT_SUPPORTED = {
+    "DeepSpeedStrategy": "it keeps gradients in buffers of its own",
+    "FSDPStrategy": "it keeps gradients as shards of flat buffers (use ModelParallelStrategy)",
+    "XLAFSDPStrategy": "it keeps gradients as shards of flat buffers",
+}
+
+
+def contained(
+    hook: Callable[Concatenate[Self_, P], None],
+) -> Callable[Concatenate[Self_, P], None]:
+    """Nothing that the guard does itself may end a run: say so once, and go on without it."""
+
+    @functools.wraps(hook)
+    def wrapper(self: Self_, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.broken:
+            return
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            self.give_up(hook.__name__, error)
+
+    return cast("Callable[Concatenate[Self_, P], None]", wrapper)
+
+
+class EngineCallback(Callback):
+    """Runs a :class:`~lightning_gradguard.guard.GuardEngine` for each of the Trainer's optimizers.
+
+    Args:
+        layer_depth: Components of the module path that make a layer in ``grad_norm/<layer>``;
+            ``None`` for the whole path.
+        events: Whether to append findings and actions to ``gradguard/events.jsonl`` in the run's
+            log directory.
+    """
+
+    def __init__(self, layer_depth: int | None, *, events: bool) -> None:
+        super().__init__()
+        if layer_depth is not None:
+            check_number("layer_depth", layer_depth, at_least=1, integer=True)
+        check_type("events", events, bool, "True or False")
+        self.layer_depth = layer_depth
+        self.events = events
+        self.broken = False
+        self._engines: list[GuardEngine] = []
+        self._by_optimizer: dict[int, GuardEngine] = {}
+        self._losses: list[Tensor] = []
+        self._epoch = EpochNorms()
+        self._restored: dict[str, Any] | None = None
+        self._final_state: dict[str, Any] | None = None
+
+    @abstractmethod
+    def _make_engine(
+        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+    ) -> GuardEngine:
+        """The engine that this callback runs."""
+
+    # -- what happened ---------------------------------------------------------------------------
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Findings of the last fit, over all optimizers, in order of their steps."""
+        found = [finding for engine in self._engines for finding in engine.findings]
+        return sorted(found, key=lambda finding: finding.step)
+
+    @property
+    def actions(self) -> list[Action]:
+        """What was done in the last fit, over all optimizers, in order of steps."""
+        done = [action for engine in self._engines for action in engine.actions]
+        return sorted(done, key=lambda action: action.step)
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The last steps of the first optimizer as numbers; see :attr:`engines` for others."""
+        return self._engines[0].history if self._engines else []
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Running counts over all optimizers."""
+        totals: dict[str, int] = {}
+        for engine in self._engines:
+            for name, count in engine.counts.items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
+
+    @property
+    def engines(self) -> list[GuardEngine]:
+        """One per optimizer, in the Trainer's order; empty before the first fit."""
+        return list(self._engines)
+
+    def report(self) -> str:
+        """Findings, remedies and actions of the last fit as text."""
+        return "\n".join(engine.report() for engine in self._engines)
+
+    # -- Lightning's hooks -----------------------------------------------------------------------
+
+    @override
+    @contained
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Fresh engines for each fit: Lightning makes new optimizers for each of them.
+        self._close()
+        self._engines, self._by_optimizer, self._final_state = [], {}, None
+        self._losses.clear()
+        strategy = type(trainer.strategy).__name__
+        if strategy in _NOT_SUPPORTED:
+            logger.warning(
+                "%s is off: %s is not supported, because %s.",
+                type(self).__name__,
+                strategy,
+                _NOT_SUPPORTED[strategy],
+            )
+            return
+        trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
+        log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
+        for number, optimizer in enumerate(trainer.optimizers):
+            label = f"optimizer{number}" if len(trainer.optimizers) > 1 else ""
+            recorder = Recorder(label, silent=not trainer.is_global_zero)
+            if self.events and log_dir and trainer.is_global_zero and not trial_run:
+                recorder.events = EventLog(Path(log_dir) / "gradguard" / "events.jsonl")
+            self._add_engine(pl_module, optimizer, recorder)
+        self._restore()
+
+    def _add_engine(self, model: LightningModule, optimizer: Optimizer, recorder: Recorder) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            logger.warning(
+                "%s leaves LBFGS alone: it evaluates the loss several times inside one step.",
+                type(self).__name__,
+            )
+            return
+        engine = self._make_engine(model, optimizer, recorder)
+        self._engines.append(engine)
+        self._by_optimizer[id(optimizer)] = engine
+
+    @override
+    @contained
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._losses.append(loss.detach())
+
+    @override
+    @contained
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        engine = self._by_optimizer.get(id(optimizer))
+        if engine is None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        engine.before_step(self._step_loss(scaler), scaler=scaler)
+        if engine.should_stop:
+            trainer.should_stop = True
+
+    def _step_loss(self, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """The loss that led to this step: micro-batches add up, as Lightning divides each."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            return None
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return total / scaler.get_scale() if scaler is not None else total
+
+    @override
+    @contained
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        for engine in self._engines:
+            self._epoch.add(engine)
+        # Lightning's own rule for when a value logged now is kept, which has no public name.
+        stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
+        if (stepped + 1) % max(every_n_steps, 1) == 0:
+            self._log_step(pl_module)
+
+    def _log_step(self, pl_module: LightningModule) -> None:
+        for engine in self._engines:
+            row, norms = engine.recorder.last, engine.last_norms
+            if row is None or norms is None or not engine.active:
+                continue
+            label = engine.recorder.label
+            pl_module.log_dict(
+                {
+                    **step_metrics(row, protecting=engine.mode == "protect", label=label),
+                    **count_metrics(engine.counts, label),
+                    **layer_metrics(norms.layers(self.layer_depth), label),
+                },
+                on_step=True,
+                on_epoch=False,
+            )
+
+    @override
+    @contained
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = self._epoch.compute()
+        if metrics:
+            pl_module.log_dict(metrics, on_step=False, on_epoch=True)
+
+    @override
+    @contained
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._final_state = self.state_dict()
+        self._close()
+        if trainer.is_global_zero and (self.findings or self.actions):
+            logger.warning("%s", self.report())
+
+    @override
+    @contained
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    @override
+    @contained
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._close()
+
+    # -- state -----------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._final_state is not None:
+            return self._final_state
+        return {"engines": [engine.state_dict() for engine in self._engines]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Optimizers, and so engines, exist only once training starts.
+        self._restored = state_dict
+
+    def _restore(self) -> None:
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        states = restored["engines"]
+        if len(states) != len(self._engines):
+            logger.warning(
+                "%s starts afresh: the checkpoint has the state of %d optimizers, this run has %d.",
+                type(self).__name__,
+                len(states),
+                len(self._engines),
+            )
+            return
+        for engine, state in zip(self._engines, states, strict=True):
+            engine.load_state_dict(state)
+
+    def _close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+            if engine.recorder.events is not None:
+                engine.recorder.events.close()
+
+    def give_up(self, where: str, error: Exception) -> None:
+        """Report an internal error once, take everything off, and let training go on."""
+        self.broken = True
+        logger.error(
+            "%s is off because of an internal error in %s; training goes on without it.",
+            type(self).__name__,
+            where,
+            exc_info=error,
+        )
+        for engine in self._engines:
+            engine.abort()

@@ -1,0 +1,95 @@
+"""See, understand and survive."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gradguard._validation import check_choice, check_type
+from lightning_gradguard.callbacks.base import EngineCallback
+from lightning_gradguard.diagnose import Thresholds
+from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.record import Recorder
+from lightning_gradguard.respond import (
+    AdaptiveClip,
+    LearningRateBackoff,
+    SkipBadSteps,
+    UpdateCap,
+)
+
+
+class GradGuard(EngineCallback):
+    """Watches a run and keeps it alive: clips, caps, skips and backs off as far as needed.
+
+    Everything adapts to the run's own history, so there is nothing to tune, and scaling the loss
+    changes nothing. Besides what :class:`GradientMonitor` logs it logs what it did:
+    ``grad_norm/total_clipped`` and ``gradguard/*``.
+
+    Args:
+        mode: ``"protect"`` (default), or ``"observe"`` to turn every response off.
+        clip: Adaptive clipping of the total gradient norm; ``None`` for none.
+        cap: Cap on each tensor's relative update; ``None`` for none.
+        skip: Dropping of steps with a bad gradient; ``None`` for none.
+        backoff: Cutting of the learning rate on instability; ``None`` for none.
+        layer_depth: Components of the module path that make a layer in the metric keys; default
+            ``None``, the whole path.
+        events: Whether to append findings and actions to ``gradguard/events.jsonl`` in the run's
+            log directory. Default ``True``.
+        thresholds: What counts as a finding.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_gradguard import GradGuard
+        >>> trainer = Trainer(callbacks=[GradGuard()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        mode: Literal["protect", "observe"] = "protect",
+        clip: AdaptiveClip | None = AdaptiveClip(),
+        cap: UpdateCap | None = UpdateCap(),
+        skip: SkipBadSteps | None = SkipBadSteps(),
+        backoff: LearningRateBackoff | None = LearningRateBackoff(),
+        layer_depth: int | None = None,
+        events: bool = True,
+        thresholds: Thresholds = Thresholds(),
+    ) -> None:
+        super().__init__(layer_depth, events=events)
+        check_choice("mode", mode, ("protect", "observe"))
+        for name, value, kind in (
+            ("clip", clip, AdaptiveClip),
+            ("cap", cap, UpdateCap),
+            ("skip", skip, SkipBadSteps),
+            ("backoff", backoff, LearningRateBackoff),
+        ):
+            check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
+        check_type("thresholds", thresholds, Thresholds, "a Thresholds")
+        self.mode = mode
+        self.clip = clip
+        self.cap = cap
+        self.skip = skip
+        self.backoff = backoff
+        self.thresholds = thresholds
+
+    @override
+    def _make_engine(
+        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+    ) -> GuardEngine:
+        return GuardEngine(
+            model,
+            optimizer,
+            mode=self.mode,
+            clip=self.clip,
+            cap=self.cap,
+            skip=self.skip,
+            backoff=self.backoff,
+            thresholds=self.thresholds,
+            recorder=recorder,
+        )

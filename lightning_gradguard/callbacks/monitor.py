@@ -1,0 +1,57 @@
+"""See and understand, without changing a bit of training."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gradguard._validation import check_type
+from lightning_gradguard.callbacks.base import EngineCallback
+from lightning_gradguard.diagnose import Thresholds
+from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.record import Recorder
+
+
+class GradientMonitor(EngineCallback):
+    """Measures gradient norms, logs them and finds what is wrong; never changes training.
+
+    A run with it is bit-identical to one without. It logs ``grad_norm/total`` and
+    ``grad_norm/<layer>`` every ``Trainer.log_every_n_steps`` steps, and the mean, standard
+    deviation and maximum of the log-norm over each epoch.
+
+    Args:
+        layer_depth: Components of the module path that make a layer in the metric keys; default
+            ``None``, the whole path.
+        events: Whether to append findings to ``gradguard/events.jsonl`` in the run's log
+            directory. Default ``True``.
+        thresholds: What counts as a finding.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_gradguard import GradientMonitor
+        >>> monitor = GradientMonitor(layer_depth=2)
+        >>> trainer = Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        layer_depth: int | None = None,
+        events: bool = True,
+        thresholds: Thresholds = Thresholds(),
+    ) -> None:
+        super().__init__(layer_depth, events=events)
+        check_type("thresholds", thresholds, Thresholds, "a Thresholds")
+        self.thresholds = thresholds
+
+    @override
+    def _make_engine(
+        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+    ) -> GuardEngine:
+        return GuardEngine(
+            model, optimizer, mode="observe", thresholds=self.thresholds, recorder=recorder
+        )
