@@ -24,7 +24,6 @@ from lightning_gradguard._validation import check_choice, check_type
 from lightning_gradguard.diagnose import Finding, Thresholds, default_detectors
 from lightning_gradguard.measure import GradNorms, NormMeter
 from lightning_gradguard.measure.readback import DelayedRead
-from lightning_gradguard.measure.updates import UpdateForecast
 from lightning_gradguard.pipeline import Outcome, Pipeline
 from lightning_gradguard.record import Recorder, StepRecord, format_report
 from lightning_gradguard.respond import (
@@ -36,9 +35,9 @@ from lightning_gradguard.respond import (
 )
 from lightning_gradguard.respond.agreement import Agreement
 from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs_fused
-from lightning_gradguard.respond.cap_enforcement import UpdateCapEnforcer
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
+from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
 
 logger = logging.getLogger("lightning_gradguard")
 
@@ -53,7 +52,7 @@ class _Step:
 
     outcome: Outcome
     norms: GradNorms | None
-    on_device: Tensor | None = None  # total norm, loss, failed ranks, coefficient, forecast ratios
+    on_device: Tensor | None = None  # coefficient, gradient norm, loss, failed ranks, signal
 
     @property
     def dropped(self) -> bool:
@@ -132,7 +131,7 @@ class GuardEngine:
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
         self._pipeline = Pipeline(ladder, default_detectors(thresholds), self.recorder)
         self._current: _Step | None = None
-        self._late_forecast: list[float] | None = None
+        self._late_signal: list[float] = []
         self._watch_parameters()
         self._hook = optimizer.register_step_post_hook(self._post_step_hook)
 
@@ -212,47 +211,39 @@ class GuardEngine:
         )
         self.step += 1
         self._current = step = _Step(outcome, norms)
-        if self._fused and scaler is None:
-            forecast = self._act_on_device(step, head)
-        else:
-            forecast = self._act_on_host(step, head)
+        signal = self._bound.signal(norms) if self._bound is not None else None
+        act = self._act_on_device if self._fused and scaler is None else self._act_on_host
+        coefficient, seen = act(
+            step, head if signal is None else torch.cat([head, signal.to(head)])
+        )
         if self.active and self._pipeline.ladder is not None and not step.dropped:
-            growth = self._rate.apply(outcome.plan.lr_scale)
-            if self._cap is not None:
-                ratios = None if forecast is None else [growth * ratio for ratio in forecast]
-                self._cap.before_step(outcome.plan.max_ratio, ratios)
+            self._rate.apply(outcome.plan.lr_scale)
+            if self._bound is not None:
+                self._bound.before_step(outcome.plan.max_ratio, coefficient, seen)
 
-    def _act_on_host(self, step: _Step, head: Tensor) -> list[float] | None:
+    def _act_on_host(self, step: _Step, values: Tensor) -> tuple[float, list[float]]:
         """Decide from values read now: the one host read of a healthy step."""
-        forecast_P = self._forecast_ratios(step)
-        values = head if forecast_P is None else torch.cat([head, forecast_P.to(head)])
-        total, loss, failed, *forecast = values.tolist()
+        total, loss, failed, *signal = values.tolist()
+        coefficient = 1.0
         if failed > 0:
             self._turn_off("the guard failed on another rank")
-            return None
-        plan, coefficient = step.outcome.plan, 1.0
+            return coefficient, signal
         # A scaler finds and drops steps that are not finite by itself.
         theirs = step.outcome.left_to_scaler and not math.isfinite(total)
         if self._pipeline.ladder is not None and not theirs:
-            coefficient = apply_on_host(plan, total, self._meter.parameters)
+            coefficient = apply_on_host(step.outcome.plan, total, self._meter.parameters)
         step.outcome = step.outcome.seen(total, loss, coefficient)
-        return None if forecast_P is None else forecast
+        return coefficient, signal
 
-    def _act_on_device(self, step: _Step, head: Tensor) -> list[float] | None:
+    def _act_on_device(self, step: _Step, values: Tensor) -> tuple[Tensor, list[float]]:
         """Decide on the device; the host reads of it ``DEVICE_DELAY`` steps later."""
         if self._pipeline.ladder is not None:
-            coefficient = self._controls.apply(step.outcome.plan, head[0])
+            coefficient = self._controls.apply(step.outcome.plan, values[0])
         else:
-            coefficient = torch.ones_like(head[0])
-        parts = [head, coefficient.view(1).to(head)]
-        forecast_P = self._forecast_ratios(step)
-        step.on_device = torch.cat(parts if forecast_P is None else [*parts, forecast_P.to(head)])
-        return self._late_forecast
-
-    def _forecast_ratios(self, step: _Step) -> Tensor | None:
-        if self._cap is None or step.norms is None:
-            return None
-        return self._forecast.ratios(step.norms.values)
+            coefficient = torch.ones_like(values[0])
+        step.on_device = torch.cat([coefficient.view(1).to(values), values])
+        signal, self._late_signal = self._late_signal, []
+        return coefficient, signal
 
     def _post_step_hook(self, *_: object) -> None:
         if self.active and self._current is not None:
@@ -263,9 +254,8 @@ class GuardEngine:
         self._current = None
         self._release()
         capped: int | Tensor = 0
-        if self._cap is not None and not step.dropped:
-            capped = self._cap.after_step()
-            self._forecast.record(self._cap.ratios())
+        if self._bound is not None and not step.dropped:
+            capped = self._bound.after_step()
         if step.on_device is None:
             self._take(step, replace(step.outcome, capped=int(capped)))
             return
@@ -275,8 +265,7 @@ class GuardEngine:
 
     def _take_late(self, step: _Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
-        capped, total, loss, failed, coefficient, *forecast = values
-        self._late_forecast = forecast or None
+        capped, coefficient, total, loss, failed, *self._late_signal = values
         if failed > 0:
             self._turn_off("the guard failed on another rank")
             return
@@ -308,9 +297,10 @@ class GuardEngine:
         self._zero = torch.zeros((), device=device)
         self._no_loss = torch.full((), math.nan, device=device)
         self._pipeline.tensors = len(parameters)
-        self._cap = UpdateCapEnforcer(parameters, on_device=self._fused) if self._caps else None
-        self._forecast = UpdateForecast()
-        self._late_forecast = None
+        self._bound: UpdateBound | None = None
+        if self._caps and parameters:
+            self._bound = make_bound(self._optimizer, parameters, on_device=self._fused)
+        self._late_signal = []
 
     def _head(self, total: Tensor, loss: Tensor | float | None) -> Tensor:
         """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank."""
@@ -366,6 +356,8 @@ class GuardEngine:
         return {
             "step": self.step,
             "pipeline": self._pipeline.state_dict(),
+            "bound": self._bound.state_dict() if self._bound is not None else None,
+            "late_signal": list(self._late_signal),
             "late": [
                 {"outcome": step.outcome.to_dict(), "values": values}
                 for step, values in self._late.drain()
@@ -382,8 +374,9 @@ class GuardEngine:
                 for entry in state["late"]
             ]
         )
-        self._forecast = UpdateForecast()
-        self._late_forecast = None
+        self._late_signal = list(state["late_signal"])
+        if self._bound is not None and state["bound"] is not None:
+            self._bound.load_state_dict(state["bound"])
 
 
 def _parameter_count(optimizer: Optimizer) -> int:

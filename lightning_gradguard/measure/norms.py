@@ -118,8 +118,8 @@ class NormMeter:
     Complex gradients count as pairs of real numbers. Sparse gradients are coalesced (which makes
     the host wait on a GPU). ``DTensor`` gradients (FSDP2, tensor parallelism) give the norm of the
     whole tensor in one collective for all tensors that are sharded alike, so every process of the
-    mesh has to measure. Squares are summed in float32: elements beyond 1.8e19 give an infinite
-    norm, as in ``clip_grad_norm_``, and elements below 1e-23 count as zero.
+    mesh has to measure. Squares are summed in float32: norms beyond 1.8e19 are infinite, as in
+    ``clip_grad_norm_``, and elements below 1e-23 count as zero.
 
     Args:
         named_parameters: Names and tensors, as from ``model.named_parameters()``. A tensor that

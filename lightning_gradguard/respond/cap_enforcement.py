@@ -1,11 +1,6 @@
-"""Bound how far one optimizer step may move each tensor, relative to the tensor itself.
+"""Move tensors back along the update that an optimizer has just made.
 
-What kills a run is not the gradient but the size of the update relative to the weights, and under
-Adam clipping the gradient cannot bound that. The cap works on the real update of any optimizer:
-tensors that may come near the cap are copied before the step, and the ones that went beyond it are
-moved back along their own update afterwards. Where nothing is near, nothing is copied.
-
-Shape legend: ``P`` parameters, ``N`` parameters near the cap.
+Shape legend: ``N`` the tensors that were copied before the step.
 """
 
 from __future__ import annotations
@@ -18,129 +13,93 @@ from torch import Tensor
 
 from lightning_gradguard.measure._plan import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
-from lightning_gradguard.measure.updates import RMS_FLOOR, UpdateSampler
-
-# A tensor is copied when its predicted ratio reaches this share of the cap. The prediction is a
-# sampled estimate (about 10 % off) times the growth of gradient and learning rate since then.
-NEAR_SHARE = 0.5
-# How often to check that no tensor was given new storage (``p.data = ...``).
-STALE_CHECK_EVERY = 16
+from lightning_gradguard.measure.updates import RMS_FLOOR
 
 
-class UpdateCapEnforcer:
-    """Holds ‖ΔW‖ ≤ ``max_ratio`` · max(‖W‖, 1e-3·√numel) for every tensor, for any optimizer.
+class UpdateShrinker:
+    """Copies chosen tensors before a step and shrinks their updates after it.
 
-    Call :meth:`before_step` just before ``optimizer.step()`` and :meth:`after_step` just after.
+    Works for any optimizer, as it looks at what the step did and not at how.
 
     Args:
         parameters: The optimizer's parameters.
-        on_device: Decide on the device with no host read (for fused optimizers on an accelerator);
-            the near tensors are then chosen from values the caller read some steps ago.
+        on_device: Decide on the device, with no host read.
 
     Example:
         >>> import torch
-        >>> weight = torch.ones(10, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> weight.grad = torch.ones(10)
-        >>> cap = UpdateCapEnforcer([weight])
-        >>> cap.before_step(max_ratio=0.03)
-        >>> optimizer.step()
-        >>> int(cap.after_step())
+        >>> weight = torch.ones(10)
+        >>> shrinker = UpdateShrinker([weight], on_device=False)
+        >>> shrinker.copy([0])
+        >>> weight.mul_(0.5)[0].item()  # the step
+        0.5
+        >>> shrinker.shrink(max_ratio=0.03)
         1
         >>> round(weight[0].item(), 4)
         0.97
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, on_device: bool = False) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, on_device: bool) -> None:
         self._parameters = list(parameters)
         self._on_device = on_device
-        self._steps = 0
-        self._start()
-
-    def _start(self) -> None:
-        self._sampler = UpdateSampler(self._parameters)
-        self._locals = [local_tensor(p) for p in self._parameters]
-        self._prepare([])
-        self._max_ratio = math.inf
-
-    def before_step(self, max_ratio: float, predicted: Sequence[float] | None = None) -> None:
-        """Copy the tensors that may reach the cap.
-
-        Args:
-            max_ratio: The cap for this step.
-            predicted: (P,) upper estimates of this step's ratios; ``None`` where nothing is known,
-                and then every tensor is copied. An entry of NaN counts as near.
-        """
-        self._max_ratio = max_ratio
-        self._steps += 1
-        if self._steps % STALE_CHECK_EVERY == 0 and self._sampler.stale():
-            self._start()
-            self._max_ratio, predicted = max_ratio, None
-        near = self._choose(predicted)
-        if near != self._near:
-            self._prepare(near)
-        if near:
-            with torch.no_grad():
-                torch._foreach_copy_(self._copies, [self._locals[i].detach() for i in near])
-
-    def _prepare(self, near: list[int]) -> None:
-        """Room for the copies of the tensors ``near``, kept until the choice changes."""
-        tensors = [self._locals[i] for i in near]
-        self._near = near
-        self._copies = [torch.empty_like(t) for t in tensors]
-        self._reducer = ShardReducer([self._parameters[i] for i in near])
-        device = tensors[0].device if tensors else None
-        self._sizes_N = torch.tensor([float(t.numel()) for t in tensors], device=device)
-
-    def _choose(self, predicted: Sequence[float] | None) -> list[int]:
-        if predicted is None:
-            return list(range(len(self._locals)))
-        bound = NEAR_SHARE * self._max_ratio
-        if max(predicted, default=0.0) < bound and not any(map(math.isnan, predicted)):
-            return []
-        return [i for i, ratio in enumerate(predicted) if not ratio < bound]
+        self._chosen: list[int] = []
+        self._copies: list[Tensor] = []
+        self._sizes_N = torch.zeros(0)
+        self._reducer = ShardReducer([])
 
     @torch.no_grad()
-    def after_step(self) -> int | Tensor:
-        """Move back what went beyond the cap.
+    def copy(self, chosen: list[int]) -> None:
+        """Copy the tensors with these numbers, in ascending order; none for an empty list."""
+        tensors = [local_tensor(self._parameters[i]).detach() for i in chosen]
+        if chosen != self._chosen:
+            self._chosen = chosen
+            self._copies = [torch.empty_like(t) for t in tensors]
+            self._reducer = ShardReducer([self._parameters[i] for i in chosen])
+            sizes = [float(t.numel()) for t in tensors]
+            self._sizes_N = torch.tensor(sizes, device=tensors[0].device if tensors else None)
+        if tensors:
+            torch._foreach_copy_(self._copies, tensors)
+
+    @torch.no_grad()
+    def shrink(self, max_ratio: float, scales: Sequence[float] | None = None) -> int | Tensor:
+        """Scale the updates of the copied tensors down.
+
+        Args:
+            max_ratio: No update is left larger than this share of its tensor's norm.
+            scales: (N,) factors of at most 1 that each update is scaled by in any case.
 
         Returns:
-            How many tensors were capped: an ``int``, or a 0-dim tensor when deciding on the device.
+            How many were scaled: an ``int``, or a () tensor when deciding on the device.
         """
-        if not self._near:
+        if not self._chosen:
             return 0
-        tensors = [self._locals[i].detach() for i in self._near]
-        excess_N = self._excess(tensors)
+        tensors = [local_tensor(self._parameters[i]).detach() for i in self._chosen]
+        excess_N = self._ratios(tensors).div_(max_ratio).clamp_(min=1.0)
+        if scales is not None:
+            given_N = torch.tensor([1.0 / s for s in scales], device=excess_N.device)
+            excess_N = torch.maximum(excess_N, given_N)
         if self._on_device:
-            weights_N = excess_N.clamp(min=1.0).reciprocal_()
             # lerp with weight 1 returns its end exactly: a tensor within the cap keeps its bits
-            torch._foreach_lerp_(self._copies, tensors, list(weights_N.unbind()))
+            torch._foreach_lerp_(self._copies, tensors, list(excess_N.reciprocal().unbind()))
             torch._foreach_copy_(tensors, self._copies)
             return (excess_N > 1.0).sum()
-        excess = excess_N.tolist()
         over = 0
-        for tensor, copy, factor in zip(tensors, self._copies, excess, strict=True):
-            if not factor <= 1.0:
+        for tensor, copy, excess in zip(tensors, self._copies, excess_N.tolist(), strict=True):
+            if excess != 1.0:
                 # an update that is not finite has no direction to keep
-                tensor.copy_(copy.lerp_(tensor, 1.0 / factor) if math.isfinite(factor) else copy)
+                tensor.copy_(copy.lerp_(tensor, 1.0 / excess) if math.isfinite(excess) else copy)
                 over += 1
         return over
 
-    def _excess(self, tensors: list[Tensor]) -> Tensor:
-        """(N,) how many times over the cap each update is."""
-        changes = torch._foreach_sub(tensors, self._copies)
+    def _ratios(self, tensors: list[Tensor]) -> Tensor:
+        """(N,) ‖ΔW‖ / max(‖W‖, floor) of the step just taken."""
+        changes = list(torch._foreach_sub(tensors, self._copies))
         squares_3N = torch.stack(
             [
-                norm_each(list(changes), torch.float32).square_(),
+                norm_each(changes, torch.float32).square_(),
                 norm_each(self._copies, torch.float32).square_(),
                 self._sizes_N,
             ]
         )
         squares_3N = self._reducer.sum(squares_3N)
         floor_N = squares_3N[2] * RMS_FLOOR**2
-        ratio_N = squares_3N[0].div_(torch.maximum(squares_3N[1], floor_N)).sqrt_()
-        return ratio_N.div_(self._max_ratio)
-
-    def ratios(self) -> Tensor | None:
-        """(P,) sampled ratios of the step just taken, cap included; ``None`` after the first."""
-        return self._sampler.ratios()
+        return squares_3N[0].div_(torch.maximum(squares_3N[1], floor_N)).sqrt_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +95,6 @@ class ScaledLearningRate:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> scaled = ScaledLearningRate(optimizer)
         >>> scaled.apply(0.5); optimizer.param_groups[0]["lr"]
-        inf
         0.05
         >>> scaled.restore(); optimizer.param_groups[0]["lr"]
         0.1
@@ -105,32 +103,12 @@ class ScaledLearningRate:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._saved: list[float | Tensor | None] | None = None
-        self._in_force: list[float] = []
 
-    def apply(self, scale: float) -> float:
-        """Multiply the learning rates by ``scale`` until :meth:`restore`.
-
-        Returns:
-            The largest factor by which a group's rate grew since the last call; ``inf`` on the
-            first call and where rates are tensors on a device, which only a host read could tell.
-        """
+    def apply(self, scale: float) -> None:
+        """Multiply the learning rates by ``scale`` until :meth:`restore`."""
         self.restore()
-        growth = self._growth(scale)
         if scale != 1.0:
             self._saved = [self._multiply(group, scale) for group in self._optimizer.param_groups]
-        return growth
-
-    def _growth(self, scale: float) -> float:
-        rates = [group.get("lr", 1.0) for group in self._optimizer.param_groups]
-        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
-            return math.inf
-        before, self._in_force = self._in_force, [float(rate) * scale for rate in rates]
-        if len(before) != len(rates):
-            return math.inf
-        return max(
-            (now / old if old > 0.0 else (math.inf if now > 0.0 else 1.0))
-            for now, old in zip(self._in_force, before, strict=True)
-        )
 
     @staticmethod
     def _multiply(group: dict[str, Any], scale: float) -> float | Tensor | None:
