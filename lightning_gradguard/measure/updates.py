@@ -41,7 +41,7 @@ class UpdateSampler:
         True
         >>> weight *= 1.02
         >>> round(sampler.ratios().item(), 4)
-        0.0196
+        0.02
     """
 
     def __init__(self, parameters: Sequence[Tensor], samples: int = 64) -> None:
