@@ -31,7 +31,8 @@ BLOCKS = [
 
 def run_block(name: str, line: int, code: str) -> None:
     # Blank lines in front, so that a traceback shows the line of the document.
-    exec(compile("\n" * (line - 1) + code, name, "exec"), {"__name__": name})
+    # As a script, because a dataclass looks its module up by name.
+    exec(compile("\n" * (line - 1) + code, name, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize(("name", "line", "code"), BLOCKS)
