@@ -8,6 +8,8 @@ symptom alone is only `Severity.INFO`.
 from __future__ import annotations
 
 from lightning_gradguard.diagnose.baseline import RobustBaseline, log_norm
+from lightning_gradguard.diagnose.divergence import DivergingDetector
+from lightning_gradguard.diagnose.explosion import ExplodingDetector
 from lightning_gradguard.diagnose.findings import (
     Detector,
     Finding,
@@ -16,9 +18,8 @@ from lightning_gradguard.diagnose.findings import (
     Remedy,
     Severity,
 )
-from lightning_gradguard.diagnose.gradients import ExplodingDetector
-from lightning_gradguard.diagnose.loss import DivergingDetector, LossSpikeDetector
 from lightning_gradguard.diagnose.non_finite import NonFiniteDetector
+from lightning_gradguard.diagnose.spike import LossSpikeDetector
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
 __all__ = [

@@ -197,8 +197,10 @@ class LossProgress:
         level = median(ranked)
         noise = MAD_TO_SCALE * median(abs(loss - level) for loss in ranked)
         if self._count == len(block):
-            self.early, self.early_noise = min(self.early, level), noise
-            self.best, self.best_noise = self.early, noise
+            # A run that blows up inside its first block keeps its first losses as the reference.
+            if not self.above_early(level):
+                self.early = self.best = level
+                self.early_noise = self.best_noise = noise
         else:
             moves = [*self._moves, abs(level - self.level)]
             self._moves = moves[-self._thresholds.moves :]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradguard.measure._layers import clean_name, layer_index
-from lightning_gradguard.measure._plan import Plan, StalePlanError, make_plan
+from lightning_gradguard.measure._plan import Plan, StalePlanError, make_plan, norm_each
 
-__all__ = ["GradNorms", "NormMeter", "clean_name", "grad_norms", "layer_index"]
+__all__ = ["GradNorms", "NormMeter", "clean_name", "grad_norms", "layer_index", "norm_each"]
 
 _LayerCache = dict[tuple[int | None, tuple[bool, ...]], tuple[tuple[str, ...], Tensor]]
 

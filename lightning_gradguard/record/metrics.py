@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from lightning_gradguard.record.history import StepRecord
 
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_./]")
+# Keys under ``grad_norm/`` that a layer of the same name must not take.
+_RESERVED = frozenset({"total", "total_clipped", "log_mean", "log_std", "log_max"})
 
 
 def metric_key(*parts: str) -> str:
@@ -48,8 +50,16 @@ def count_metrics(counts: Mapping[str, int], label: str = "") -> dict[str, float
 
 
 def layer_metrics(layers: Mapping[str, float], label: str = "") -> dict[str, float]:
-    """One norm per layer."""
-    return {_labelled(metric_key("grad_norm", name), label): v for name, v in layers.items()}
+    """One norm per layer; a layer called ``total`` becomes ``total_``.
+
+    Example:
+        >>> layer_metrics({"encoder.rnn": 0.5, "total": 2.0})
+        {'grad_norm/encoder.rnn': 0.5, 'grad_norm/total_': 2.0}
+    """
+    return {
+        _labelled(metric_key("grad_norm", f"{name}_" if name in _RESERVED else name), label): norm
+        for name, norm in layers.items()
+    }
 
 
 def _labelled(key: str, label: str) -> str:

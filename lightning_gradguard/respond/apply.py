@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class FusedControls:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._active = False
+        self._drops_safely = not isinstance(optimizer, torch.optim.SGD)
 
     def apply(self, plan: StepPlan, total_norm: Tensor) -> Tensor:
         """Set the controls for the coming step.
@@ -70,10 +72,32 @@ class FusedControls:
         else:
             scale = torch.ones_like(norm)
         found_inf = bad.to(torch.float32)
+        if plan.may_skip and not self._drops_safely:
+            self._drop_before_momentum(bad)
         for name, value in zip(self._NAMES, (scale, found_inf), strict=True):
             setattr(self._optimizer, name, value)
         self._active = True
         return torch.where(bad, 0.0, scale.reciprocal())
+
+    def _drop_before_momentum(self, bad: Tensor) -> None:
+        """Drop on the host while SGD has no momentum yet.
+
+        torch allocates the buffers before the kernel runs and leaves them uninitialized if the
+        kernel then does nothing; the next step would start from whatever was in that memory.
+        """
+        if all(map(self._has_momentum, self._optimizer.param_groups)):
+            self._drops_safely = True
+        elif bad.item():
+            for group in self._optimizer.param_groups:
+                drop_gradients(group["params"])
+
+    def _has_momentum(self, group: Mapping[str, Any]) -> bool:
+        state = self._optimizer.state
+        return group["momentum"] == 0 or all(
+            state[p].get("momentum_buffer") is not None
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     def restore(self) -> None:
         """Take the controls off again."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradguard.measure._plan import norm_each
+from lightning_gradguard.measure.norms import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
 from lightning_gradguard.measure.updates import RMS_FLOOR
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
-from lightning_gradguard.measure._plan import norm_each
+from lightning_gradguard.measure.norms import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
 from lightning_gradguard.measure.updates import RMS_FLOOR, UpdateForecast, UpdateSampler
 from lightning_gradguard.respond.cap_enforcement import UpdateShrinker

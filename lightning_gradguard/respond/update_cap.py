@@ -3,69 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from lightning_gradguard._validation import check_number, check_type
 
+# Standard error of a median of n normal values, in units of their scale / sqrt(n).
+_MEDIAN_ERROR = 1.2533
+_MAD_TO_SCALE = 1.4826
+
 
 @dataclass(frozen=True)
 class UpdateCap:
-    """Let no tensor move by more than ``max_ratio`` of its own norm in one step.
+    """Let no tensor move by more than a share of its own norm in one step.
 
-    With ``adaptive``, the cap is tightened while it binds and the loss does not improve, and
-    loosened back while it does.
+    With ``adaptive``, the share is tightened while it binds and the loss does not improve beyond
+    its noise, and loosened while it does. The reasons for the defaults, with the trials that led
+    to them, are in ``docs/default-response.md``.
 
     Args:
-        max_ratio: The widest cap. Default 0.03.
-        adaptive: Whether the cap follows the loss. Default ``True``.
+        max_ratio: The widest share. Default 0.1.
+        start_ratio: The share at the start. Default 0.03.
+        min_ratio: The tightest share. Default 0.1 / 30.
+        adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between two looks at the loss. Default 25.
-        min_ratio: The tightest cap. Default ``max_ratio / 30``.
+        tighten: Factor on the share when the loss does not improve. Default 0.6.
+        loosen: Factor on the share when it does. Default 1.5.
+        confidence: The improvement that counts, in standard errors. Default 2.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range.
 
     Example:
-        >>> UpdateCap(max_ratio=0.05).lower_bound
-        0.0016666666666666668
+        >>> UpdateCap(max_ratio=0.02, start_ratio=0.05)
+        Traceback (most recent call last):
+        ...
+        ValueError: start_ratio must be a number > 0 and <= 0.02, got 0.05
     """
 
-    max_ratio: float = 0.03
+    max_ratio: float = 0.1
+    start_ratio: float = 0.03
+    min_ratio: float = 0.1 / 30
     adaptive: bool = True
     window: int = 25
-    min_ratio: float | None = None
+    tighten: float = 0.6
+    loosen: float = 1.5
+    confidence: float = 2.0
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, above=0.0)
+        check_number("start_ratio", self.start_ratio, above=0.0, at_most=self.max_ratio)
+        check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.start_ratio)
         check_type("adaptive", self.adaptive, bool, "True or False")
         check_number("window", self.window, at_least=2, integer=True)
-        if self.min_ratio is not None:
-            check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.max_ratio)
-
-    @property
-    def lower_bound(self) -> float:
-        """The tightest cap, filled in."""
-        return self.max_ratio / 30 if self.min_ratio is None else self.min_ratio
+        check_number("tighten", self.tighten, above=0.0, below=1.0)
+        check_number("loosen", self.loosen, above=1.0)
+        check_number("confidence", self.confidence, at_least=0.0)
 
 
 class RatioSchedule:
     """The cap at each step, from the losses and from how often it bound.
 
-    Plain values in and out, so that every rank that sees the same losses holds the same cap.
+    Plain values in and out, so that every rank that sees the same losses holds the same cap. Only
+    differences of losses against their own spread decide: scaling or shifting the loss changes
+    nothing.
     """
-
-    DOWN = 0.6
-    UP = 1.15
-    BETTER = 0.97
 
     def __init__(self, settings: UpdateCap) -> None:
         self.settings = settings
-        self.ratio = settings.max_ratio
-        self._losses: deque[float] = deque(maxlen=2 * settings.window)
-        self._steps = 0
+        self.ratio = settings.start_ratio if settings.adaptive else settings.max_ratio
+        self._before: list[float] = []
+        self._now: list[float] = []
         self._bound = 0.0
 
     def advance(self, loss: float | None, capped_share: float) -> float:
@@ -73,43 +83,53 @@ class RatioSchedule:
 
         Args:
             loss: Loss of the step, if known.
-            capped_share: Share of tensors that were moved back to the cap, in [0, 1].
+            capped_share: Share of tensors that were held back, in [0, 1].
         """
         if not self.settings.adaptive or loss is None:
             return 1.0
-        self._losses.append(loss if math.isfinite(loss) else math.inf)
+        self._now.append(loss if math.isfinite(loss) else math.inf)
         self._bound += capped_share
-        self._steps += 1
-        if self._steps % self.settings.window:
+        if len(self._now) < self.settings.window:
             return 1.0
-        bound, self._bound = self._bound / self.settings.window, 0.0
-        if len(self._losses) < 2 * self.settings.window:
-            return 1.0
-        return self._compare(bound)
-
-    def _compare(self, bound: float) -> float:
-        losses = list(self._losses)
-        before = median(losses[: self.settings.window])
-        now = median(losses[self.settings.window :])
         old = self.ratio
-        if now < self.BETTER * before:
-            self.ratio = min(self.ratio * self.UP, self.settings.max_ratio)
-        elif bound > 0.0:
-            self.ratio = max(self.ratio * self.DOWN, self.settings.lower_bound)
+        if self._before:
+            self.ratio = self._adapted()
+        self._before, self._now, self._bound = self._now, [], 0.0
         return self.ratio / old
+
+    def _adapted(self) -> float:
+        if _improved(self._before, self._now, self.settings.confidence):
+            return min(self.ratio * self.settings.loosen, self.settings.max_ratio)
+        if self._bound > 0.0:  # a cap that does not bind has no part in what goes wrong
+            return max(self.ratio * self.settings.tighten, self.settings.min_ratio)
+        return self.ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""
         return {
             "ratio": self.ratio,
-            "losses": list(self._losses),
-            "steps": self._steps,
+            "before": list(self._before),
+            "now": list(self._now),
             "bound": self._bound,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.ratio = float(state["ratio"])
-        self._losses = deque(map(float, state["losses"]), maxlen=2 * self.settings.window)
-        self._steps = int(state["steps"])
+        self._before = [float(loss) for loss in state["before"]]
+        self._now = [float(loss) for loss in state["now"]]
         self._bound = float(state["bound"])
+
+
+def _improved(before: list[float], now: list[float], confidence: float) -> bool:
+    """Whether the median fell by more than ``confidence`` standard errors of the difference."""
+    center_before, center_now = median(before), median(now)
+    if not math.isfinite(center_now):
+        return False
+    if not math.isfinite(center_before):
+        return True
+    deviations = [abs(loss - center_before) for loss in before]
+    deviations += [abs(loss - center_now) for loss in now]
+    scale = _MAD_TO_SCALE * median(deviations)
+    error = _MEDIAN_ERROR * scale * math.sqrt(1.0 / len(before) + 1.0 / len(now))
+    return center_before - center_now > confidence * error

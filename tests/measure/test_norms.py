@@ -1,4 +1,4 @@
-"""What a measurement may not do, and how it treats the gradients that are out of the ordinary."""
+"""Which gradients are measured, and what becomes of values out of the ordinary."""
 
 from __future__ import annotations
 
@@ -8,88 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_gradguard.measure import GradNorms, NormMeter, clean_name, grad_norms, layer_index
+from lightning_gradguard.measure import GradNorms, NormMeter, grad_norms
 from lightning_gradguard.measure import _plan as plan_module
 from tests.measure import reference
-from tests.measure.dispatch import OperationLog
-
-
-def with_grads(*grads: Tensor | None) -> list[tuple[str, nn.Parameter]]:
-    named = []
-    for i, grad in enumerate(grads):
-        like = torch.zeros(2) if grad is None else grad
-        parameter = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype, device=like.device))
-        parameter.grad = grad
-        named.append((f"layer_{i}.weight", parameter))
-    return named
-
-
-# --- cost -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shapes", "most"),
-    [
-        pytest.param([(i + 1, 3) for i in range(100)], 3, id="all-different"),
-        pytest.param([(70, 70)] * 100, 3, id="large"),
-        pytest.param([(7, 7)] * 100, 3, id="one-small-shape"),
-        pytest.param([(10, 10), (10,)] * 50, 7, id="two-small-shapes"),
-        pytest.param([(i % 10 + 1,) for i in range(100)], 13, id="many-small-shapes"),
-    ],
-)
-def test_operations_in_a_step(shapes: list[tuple[int, ...]], most: int) -> None:
-    named = with_grads(*[torch.randn(shape) for shape in shapes])
-    meter = NormMeter(named)
-    meter.measure()
-    with OperationLog() as log:
-        meter.measure()
-    assert len(log.names) <= most, log.names
-    assert log.count("_foreach_norm") <= 1
-
-
-def test_two_dtypes_take_one_multi_tensor_norm_each() -> None:
-    grads = [torch.randn(i + 1).to(d) for i in range(20) for d in (torch.float32, torch.bfloat16)]
-    meter = NormMeter(with_grads(*grads))
-    meter.measure()
-    with OperationLog() as log:
-        meter.measure()
-    assert log.count("_foreach_norm") == 2
-    assert len(log.names) == 7
-
-
-@pytest.mark.parametrize("grad", ["dense", "complex", "none"])
-def test_no_host_read(grad: str) -> None:
-    dense = [torch.randn(4, 4) for _ in range(20)]
-    odd = {"dense": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex64), "none": None}
-    meter = NormMeter(with_grads(*dense, odd[grad]))
-    meter.measure().layer_values(1)
-    with OperationLog() as log:
-        meter.measure().layer_values(1)
-    assert log.names
-    assert not log.count("_local_scalar_dense")
-    assert not log.count("item")
-    assert not log.count("equal")
-    with OperationLog() as log:
-        meter.measure().total.item()
-    assert log.count("_local_scalar_dense") == 1, "the log must be able to see a host read"
-
-
-def test_gradients_and_graph_are_left_alone() -> None:
-    weight = nn.Parameter(torch.randn(3, 3))
-    (grad,) = torch.autograd.grad((weight**3).sum(), weight, create_graph=True)
-    weight.grad = grad
-    before, version = grad.detach().clone(), grad._version
-    norms = grad_norms([("weight", weight)])
-    assert weight.grad is grad
-    assert grad._version == version
-    assert torch.equal(grad.detach().view(torch.int32), before.view(torch.int32))
-    assert not norms.values.requires_grad
-    assert not norms.total.requires_grad
-
-
-# --- range ------------------------------------------------------------------------------------
+from tests.measure.gradients import with_grads
 
 
 @pytest.mark.parametrize("count", [1, 20], ids=["listed", "stacked"])
@@ -139,9 +62,6 @@ def test_layer_norms_have_the_range_of_parameter_norms() -> None:
     )
     assert norms.layers() == pytest.approx({"a": 5e30}, rel=1e-6)
     assert grad_norms(named).layers() == {}
-
-
-# --- which parameters -------------------------------------------------------------------------
 
 
 def test_no_parameters() -> None:
@@ -307,73 +227,3 @@ def test_a_tensor_that_retains_its_gradient() -> None:
     hidden.retain_grad()
     hidden.sum().backward()
     assert grad_norms([("hidden", hidden)]).parameters == {"hidden": 2.0}
-
-
-# --- names ------------------------------------------------------------------------------------
-
-
-def test_wrapped_model_has_the_names_of_the_bare_one() -> None:
-    bare = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-    names = tuple(name for name, _ in bare.named_parameters())
-    inner = nn.Sequential(checkpoint_wrapper(bare[0]), torch.compile(bare[1], backend="eager"))
-    wrapped = torch.compile(inner, backend="eager")
-    assert next(iter(wrapped.named_parameters()))[0].startswith("_orig_mod.")
-    assert NormMeter(wrapped.named_parameters()).names == names
-
-
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        ("weight", "weight"),
-        ("_orig_mod.weight", "weight"),
-        ("a._orig_mod.b._checkpoint_wrapped_module.weight", "a.b.weight"),
-        ("my_orig_mod.weight", "my_orig_mod.weight"),
-        ("a._orig_mod", "a._orig_mod"),
-    ],
-)
-def test_clean_name(raw: str, clean: str) -> None:
-    assert clean_name(raw) == clean
-
-
-@pytest.mark.parametrize(
-    ("depth", "groups", "numbers"),
-    [
-        (None, ["token", "encoder.rnn", "encoder.rnn.gate", "head"], [0, 1, 1, 2, 3]),
-        (1, ["token", "encoder", "head"], [0, 1, 1, 1, 2]),
-        (2, ["token", "encoder.rnn", "head"], [0, 1, 1, 1, 2]),
-        (9, ["token", "encoder.rnn", "encoder.rnn.gate", "head"], [0, 1, 1, 2, 3]),
-    ],
-)
-def test_layer_index(depth: int | None, groups: list[str], numbers: list[int]) -> None:
-    names = [
-        "token",
-        "encoder.rnn.weight_ih_l0",
-        "encoder.rnn.bias_ih_l0",
-        "encoder.rnn.gate.weight",
-        "head.weight",
-    ]
-    assert layer_index(names, depth) == (groups, numbers)
-
-
-def test_parametrized_tensor_belongs_to_its_module() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    model(torch.ones(1, 2)).sum().backward()
-    assert list(grad_norms(model).layers()) == ["0"]
-    root = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False))
-    assert layer_index([name for name, _ in root.named_parameters()]) == (["weight"], [0, 0])
-
-
-@pytest.mark.parametrize(("depth", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
-def test_bad_depth(depth: float, error: type[Exception]) -> None:
-    with pytest.raises(error, match=f"depth must be .*got {depth}"):
-        grad_norms(nn.Linear(1, 1)).layers(depth)
-
-
-def test_layer_values_are_the_layers() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3))
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    norms = grad_norms(model)
-    names, values = norms.layer_values()
-    assert dict(zip(names, values.tolist(), strict=True)) == norms.layers()
-    assert values.dtype == norms.values.dtype
