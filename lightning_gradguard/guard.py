@@ -163,6 +163,14 @@ class GuardEngine:
         ladder = self._pipeline.ladder
         return ladder is not None and ladder.should_stop
 
+    @property
+    def dropping(self) -> bool:
+        """Whether the coming step is known to be dropped.
+
+        ``False`` for a fused optimizer: its steps are dropped on the device, unknown to the host.
+        """
+        return self._current is not None and self._current.dropped
+
     def report(self) -> str:
         """Findings, remedies and actions as text."""
         return format_report(self.findings, self.actions, self.counts, self.recorder.label)
@@ -343,6 +351,8 @@ class GuardEngine:
 
     def close(self) -> None:
         """Take everything off the optimizer; the engine can still be asked what happened."""
+        if not self.active:
+            return
         self._abandon()
         for late, values in self._late.drain():
             self._take_late(late, values)

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_gradguard._validation import check_number, check_type
 from lightning_gradguard.callbacks.epoch import EpochNorms
+from lightning_gradguard.callbacks.schedules import ScheduleHold
 from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record import EventLog, Recorder, StepRecord
@@ -75,6 +76,7 @@ class EngineCallback(Callback):
         self._by_optimizer: dict[int, GuardEngine] = {}
         self._losses: list[Tensor] = []
         self._epoch = EpochNorms()
+        self._schedules = ScheduleHold()
         self._restored: dict[str, Any] | None = None
         self._final_state: dict[str, Any] | None = None
 
@@ -177,6 +179,8 @@ class EngineCallback(Callback):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         engine.before_step(self._step_loss(scaler), scaler=scaler)
+        if engine.dropping:
+            self._schedules.hold(trainer, optimizer)
         if engine.should_stop:
             trainer.should_stop = True
 
@@ -198,6 +202,7 @@ class EngineCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        self._schedules.release()
         for engine in self._engines:
             self._epoch.add(engine)
         # Lightning's own rule for when a value logged now is kept, which has no public name.

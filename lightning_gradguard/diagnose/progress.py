@@ -200,7 +200,7 @@ class LossProgress:
             # A run that blows up inside its first block keeps its first losses as the reference.
             if not self.above_early(level):
                 self.early = self.best = level
-                self.early_noise = self.best_noise = noise
+            self.early_noise = self.best_noise = noise
         else:
             moves = [*self._moves, abs(level - self.level)]
             self._moves = moves[-self._thresholds.moves :]

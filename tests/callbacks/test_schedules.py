@@ -1,0 +1,71 @@
+"""A dropped step does not advance the learning-rate schedule; a taken one does, as without us."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradguard import GradGuard
+
+STEPS = 8
+
+
+class Scheduled(LightningModule):
+    def __init__(self, schedule: str, bad_steps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.schedule = schedule
+        self.bad_steps = bad_steps
+        self.rates: list[float] = []
+        self.momenta: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        group = self.trainer.optimizers[0].param_groups[0]
+        self.rates.append(group["lr"])
+        self.momenta.append(group["momentum"])
+        loss = self.layer(batch[0]).square().mean()
+        return loss * float("nan") if batch_idx in self.bad_steps else loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+        if self.schedule == "one_cycle":
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1)
+        else:
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def fit(schedule: str, bad_steps: tuple[int, ...], tmp_path, **options) -> Scheduled:
+    module = Scheduled(schedule, bad_steps)
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[GradGuard(clip=None, cap=None, backoff=None, **options)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(STEPS, 2))))
+    return module
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "one_cycle"])
+def test_a_dropped_step_does_not_advance_the_schedule(schedule, tmp_path):
+    healthy = fit(schedule, (), tmp_path)
+    faulty = fit(schedule, (2, 5), tmp_path)
+
+    # each bad step repeats the rate (and, with one-cycle, the momentum) it was dropped at
+    taken = [0, 1, 2, 2, 3, 4, 4, 5]
+    assert faulty.rates == [healthy.rates[i] for i in taken]
+    assert faulty.momenta == [healthy.momenta[i] for i in taken]
+    assert len(set(healthy.rates)) == STEPS
+
+
+def test_an_observer_leaves_the_schedule_alone(tmp_path):
+    healthy = fit("exponential", (), tmp_path)
+    observed = fit("exponential", (2, 5), tmp_path, mode="observe")
+
+    assert observed.rates == healthy.rates
