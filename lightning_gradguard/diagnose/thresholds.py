@@ -96,8 +96,8 @@ class Thresholds:
     """Log-norm above the very first, nats, that counts as blown up beside a doubled loss."""
     start_steps: int = 12
     """Such steps that make an explosion of a run with no past. In trial runs on handwritten digits
-    learning rates that ruin a run showed it by step 4 to 13."""
-    start_jump: int = 3
+    learning rates that ruin a run showed it by step 6 to 14."""
+    start_jump: int = 2
     """What a step counts for whose log-norm is above the first by `growth`."""
     start_leak: int = 4
     """What any other step takes back. With batches of one the first loss may lie far below most

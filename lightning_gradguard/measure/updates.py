@@ -12,9 +12,16 @@ from torch import Tensor
 
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
 
-# A tensor is never taken to be smaller than this root mean square: a tensor that starts at zero
-# (a bias, a LoRA ``B``) would otherwise not be allowed to move at all.
-RMS_FLOOR = 1e-3
+# A tensor is never taken to be smaller than this root mean square, or one that starts at zero could
+# not move. A vector (a bias, a norm's shift) acts on activations of about 1, so its own norm says
+# little about how far it may move; a matrix that starts at zero (LoRA's ``B``) has to grow.
+VECTOR_FLOOR = 0.1
+MATRIX_FLOOR = 0.1
+
+
+def rms_floor(tensor: Tensor) -> float:
+    """The least root mean square that ``tensor`` is taken to have when its update is judged."""
+    return VECTOR_FLOOR if tensor.dim() < 2 else MATRIX_FLOOR
 
 
 class UpdateSampler:
@@ -57,7 +64,8 @@ class UpdateSampler:
         self._uniform = len({t.device for t in self._locals}) <= 1
         self._equal_count = counts[0] if len(set(counts)) == 1 and counts[0] > 0 else None
         self._lengths = torch.tensor(counts, device=self._device)
-        self._counts = torch.tensor(counts, dtype=torch.float32, device=self._device)
+        floors = [n * rms_floor(p) ** 2 for n, p in zip(counts, self._parameters, strict=True)]
+        self._floors = torch.tensor(floors, device=self._device)
         self._previous: Tensor | None = None
 
     def __len__(self) -> int:
@@ -93,12 +101,11 @@ class UpdateSampler:
             [
                 self._segment_sum(change_S.square_()),
                 self._segment_sum(previous_S.square_()),
-                self._counts,
+                self._floors,
             ]
         )
         squares_3P = self._reducer.sum(squares_3P)
-        floor_P = squares_3P[2] * RMS_FLOOR**2
-        return squares_3P[0].div_(torch.maximum(squares_3P[1], floor_P)).sqrt_()
+        return squares_3P[0].div_(torch.maximum(squares_3P[1], squares_3P[2])).sqrt_()
 
     def _gather(self) -> Tensor:
         if self._uniform:
@@ -132,12 +139,15 @@ def _spread(tensor: Tensor, samples: int) -> Tensor:
 
 
 class UpdateForecast:
-    """Foretells the relative updates of the coming step from those of the last one.
+    """Foretells the relative updates of the coming step from those of the last ones.
 
-    The update of every common optimizer grows no faster than its gradient, so the last ratio
-    times the growth of the gradient's norm bounds the next one, up to the sampling error. (The
-    growth of the learning rate is known on the host, and is for the caller to add.)
+    The update of most optimizers grows no faster than its gradient, so the last ratio times the
+    growth of the gradient's norm bounds the next one, up to the sampling error. (The growth of the
+    learning rate is known on the host, and is for the caller to add.) Some pause instead, as Rprop
+    does where a gradient changes its sign: one small update does not let a large one be forgotten.
     """
+
+    _MEMORY = 0.9  # what remains of a ratio after one step: half of it after seven
 
     def __init__(self) -> None:
         self._norms_P: Tensor | None = None
@@ -145,6 +155,9 @@ class UpdateForecast:
 
     def record(self, ratios_P: Tensor | None) -> None:
         """Take in the ratios of the step just taken, (P,); ``None`` where they are not known."""
+        if ratios_P is not None and self._ratios_P is not None:
+            remembered_P = (self._ratios_P * self._MEMORY).nan_to_num_(0.0, 0.0)
+            ratios_P = torch.maximum(ratios_P, remembered_P)
         self._ratios_P = ratios_P
 
     def ratios(self, norms_P: Tensor) -> Tensor | None:

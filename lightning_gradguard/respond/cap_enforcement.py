@@ -13,7 +13,20 @@ from torch import Tensor
 
 from lightning_gradguard.measure.norms import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
-from lightning_gradguard.measure.updates import RMS_FLOOR
+from lightning_gradguard.measure.updates import rms_floor
+
+
+def real_numel(tensor: Tensor) -> int:
+    """How many real numbers the tensor is made of."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def local_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """(N,) float32 L2 norm of each tensor, of any dtype; a complex element is a pair of numbers."""
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    # torch refuses to sum the squares of doubles in less than double.
+    wide = any(t.dtype is torch.float64 for t in real)
+    return norm_each(real, torch.float64 if wide else torch.float32).to(torch.float32)
 
 
 class UpdateShrinker:
@@ -43,7 +56,7 @@ class UpdateShrinker:
         self._on_device = on_device
         self._chosen: list[int] = []
         self._copies: list[Tensor] = []
-        self._sizes_N = torch.zeros(0)
+        self._floors_N = torch.zeros(0)
         self._reducer = ShardReducer([])
 
     @torch.no_grad()
@@ -54,8 +67,8 @@ class UpdateShrinker:
             self._chosen = chosen
             self._copies = [torch.empty_like(t) for t in tensors]
             self._reducer = ShardReducer([self._parameters[i] for i in chosen])
-            sizes = [float(t.numel()) for t in tensors]
-            self._sizes_N = torch.tensor(sizes, device=tensors[0].device if tensors else None)
+            floors = [real_numel(t) * rms_floor(t) ** 2 for t in tensors]
+            self._floors_N = torch.tensor(floors, device=tensors[0].device if tensors else None)
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
 
@@ -95,11 +108,10 @@ class UpdateShrinker:
         changes = list(torch._foreach_sub(tensors, self._copies))
         squares_3N = torch.stack(
             [
-                norm_each(changes, torch.float32).square_(),
-                norm_each(self._copies, torch.float32).square_(),
-                self._sizes_N,
+                local_norms(changes).square_(),
+                local_norms(self._copies).square_(),
+                self._floors_N,
             ]
         )
         squares_3N = self._reducer.sum(squares_3N)
-        floor_N = squares_3N[2] * RMS_FLOOR**2
-        return squares_3N[0].div_(torch.maximum(squares_3N[1], floor_N)).sqrt_()
+        return squares_3N[0].div_(torch.maximum(squares_3N[1], squares_3N[2])).sqrt_()

@@ -108,13 +108,18 @@ class ScaledLearningRate:
         """Multiply the learning rates by ``scale`` until :meth:`restore`."""
         self.restore()
         if scale != 1.0:
-            self._saved = [self._multiply(group, scale) for group in self._optimizer.param_groups]
+            scaled: set[int] = set()
+            groups = self._optimizer.param_groups
+            self._saved = [self._multiply(group, scale, scaled) for group in groups]
 
     @staticmethod
-    def _multiply(group: dict[str, Any], scale: float) -> float | Tensor | None:
+    def _multiply(group: dict[str, Any], scale: float, scaled: set[int]) -> float | Tensor | None:
         """Scale one group's rate; returns what it was."""
         rate = group.get("lr")
         if isinstance(rate, Tensor):
+            if id(rate) in scaled:  # torch gives one tensor to every group that names no rate
+                return None
+            scaled.add(id(rate))
             saved = rate.clone()
             rate.mul_(scale)  # in place: a captured graph or a compiled step holds this tensor
             return saved

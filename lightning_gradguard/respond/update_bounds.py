@@ -23,15 +23,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
-from lightning_gradguard.measure.norms import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
-from lightning_gradguard.measure.updates import RMS_FLOOR, UpdateForecast, UpdateSampler
-from lightning_gradguard.respond.cap_enforcement import UpdateShrinker
+from lightning_gradguard.measure.updates import UpdateForecast, UpdateSampler, rms_floor
+from lightning_gradguard.respond.cap_enforcement import UpdateShrinker, local_norms, real_numel
 
 # Weight norms change by at most the cap in a step, so they are measured this rarely.
 REFRESH_EVERY = 16
 # A tensor is copied when its expected ratio reaches this share of the cap.
 NEAR_SHARE = 0.5
+
+# In its first steps RAdam does not normalize yet, and RMSprop's average is still near zero: the
+# real step may be far beyond ``lr``, so every tensor is copied.
+FIRST_STEPS = 8
 
 # One step of these moves an element by about ``lr``.
 _NORMALIZING = (
@@ -85,9 +88,18 @@ def make_bound(
     """
     if type(optimizer) is torch.optim.SGD:
         return GradientBound(optimizer, parameters, on_device=on_device)
-    if isinstance(optimizer, _NORMALIZING):
+    if isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
         return StepSizeBound(optimizer, parameters, on_device=on_device)
     return SampledBound(optimizer, parameters, on_device=on_device)
+
+
+def _may_leap(optimizer: Optimizer) -> bool:
+    """Whether a normalizing optimizer can keep moving by many times ``lr``: some RMSprop.
+
+    Its momentum adds up whole steps, and a centered second moment of a steady gradient is zero.
+    """
+    groups = optimizer.param_groups
+    return any(group.get("momentum", 0.0) > 0.0 or group.get("centered", False) for group in groups)
 
 
 class WeightNorms:
@@ -107,11 +119,15 @@ class WeightNorms:
         if due:
             tensors = [local_tensor(p).detach() for p in self._parameters]
             tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-            norms_P = norm_each(tensors, torch.float32)
-            sizes_P = norms_P.new_tensor([float(t.numel()) for t in tensors])
-            squares_2P = self._reducer.sum(torch.stack([norms_P.square(), sizes_P]))
-            floor_P = squares_2P[1] * RMS_FLOOR**2
-            self.norms_P = torch.maximum(squares_2P[0], floor_P).sqrt_()
+            norms_P = local_norms(tensors)
+            floors_P = norms_P.new_tensor(
+                [
+                    t.numel() * rms_floor(p) ** 2
+                    for t, p in zip(tensors, self._parameters, strict=True)
+                ]
+            )
+            squares_2P = self._reducer.sum(torch.stack([norms_P.square(), floors_P]))
+            self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).sqrt_()
         return due
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,13 +226,14 @@ class StepSizeBound:
         self._optimizer = optimizer
         self._weights = WeightNorms(parameters)
         self._group_of = _group_numbers(optimizer, parameters)
-        self._roots = [math.sqrt(p.numel()) for p in parameters]
+        self._roots = [math.sqrt(real_numel(p)) for p in parameters]
         self._shrinker = UpdateShrinker(parameters, on_device=on_device)
         self._norms: list[float] = []
         self._potentials: list[float] = []  # expected ratio per unit of learning rate
         self._peaks: list[float] = []
         self._max_ratio = math.inf
         self._scales: list[float] = []
+        self._steps = 0
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(P,) the norms of the weights, on the steps on which they were measured."""
@@ -240,7 +257,8 @@ class StepSizeBound:
         if seen:
             self._learn(seen)
         self._max_ratio = max_ratio
-        near = NEAR_SHARE * max_ratio
+        self._steps += 1
+        near = NEAR_SHARE * max_ratio if self._steps > FIRST_STEPS else 0.0
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
             self._shrinker.copy([])
@@ -259,13 +277,18 @@ class StepSizeBound:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues exactly."""
-        return {"weights": self._weights.state_dict(), "norms": list(self._norms)}
+        return {
+            "weights": self._weights.state_dict(),
+            "norms": list(self._norms),
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self._weights.load_state_dict(state["weights"])
         if len(state["norms"]) == len(self._roots):
             self._learn(state["norms"])
+            self._steps = int(state["steps"])
 
 
 class SampledBound:
@@ -303,15 +326,20 @@ class SampledBound:
             self._shrinker.copy(list(range(len(self._parameters))))
 
     def _rate_growth(self) -> float:
-        """The largest factor by which a group's learning rate grew since the last step."""
+        """The largest factor by which a group's learning rate grew since the last step.
+
+        Never below 1: what was sampled may be an update that was shrunk, and says nothing of how
+        large the next one is at a smaller rate.
+        """
         rates = [float(group.get("lr", 1.0)) for group in self._optimizer.param_groups]
         before, self._rates = self._rates, rates
         if len(before) != len(rates):
             return math.inf
-        return max(
+        growth = [
             now / old if old > 0.0 else (math.inf if now > 0.0 else 1.0)
             for now, old in zip(rates, before, strict=True)
-        )
+        ]
+        return max(1.0, *growth)
 
     def after_step(self) -> int | Tensor:
         """Shrink what went beyond the cap; returns how many tensors did."""

@@ -29,7 +29,7 @@ class UpdateCap:
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between two looks at the loss. Default 25.
         tighten: Factor on the share when the loss does not improve. Default 0.6.
-        loosen: Factor on the share when it does. Default 1.5.
+        loosen: Factor on the share when it does. Default 1.25.
         confidence: The improvement that counts, in standard errors. Default 2.
 
     Raises:
@@ -49,7 +49,7 @@ class UpdateCap:
     adaptive: bool = True
     window: int = 25
     tighten: float = 0.6
-    loosen: float = 1.5
+    loosen: float = 1.25
     confidence: float = 2.0
 
     def __post_init__(self) -> None:
