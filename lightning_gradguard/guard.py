@@ -285,12 +285,17 @@ class GuardEngine:
         self._pipeline.take(outcome, None if norms is None else lambda: norms.parameters)
 
     def _abandon(self) -> None:
-        """A step that was announced but never reached its update: a scaler dropped it."""
+        """A step that was announced but never reached its update.
+
+        Either a scaler dropped it, or an exception came between; then there was no such step.
+        """
         step, self._current = self._current, None
         if step is not None:
             self._release()
-            if step.on_device is None:
+            if step.outcome.left_to_scaler:
                 self._take(step, step.outcome)
+            else:
+                self.step = step.outcome.number
 
     # -- what is watched -------------------------------------------------------------------------
 

@@ -260,7 +260,13 @@ class EngineCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._final_state is not None:
             return self._final_state
-        return {"engines": [engine.state_dict() for engine in self._engines]}
+        if self.broken:
+            return {"engines": []}
+        try:
+            return {"engines": [engine.state_dict() for engine in self._engines]}
+        except Exception as error:  # noqa: BLE001 - the checkpoint is worth more than our part of it
+            self.give_up("state_dict", error)
+            return {"engines": []}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -176,7 +176,7 @@ class ExplodingDetector:
         self, observation: Observation, excess: float, z: float, reportable: bool
     ) -> list[Finding]:
         t = self._thresholds
-        lasting = self._growing_for > 0 or self._high >= t.persistence
+        lasting = self._growing_for > 0 or (z > t.outlier_z and self._high >= t.persistence)
         worse = self._blown >= t.start_steps or (lasting and self._progress.is_worse())
         stuck = self._growing_for >= t.stuck_persistence and self._progress.is_stuck()
         severity = Severity.WARNING if worse or stuck else Severity.INFO
@@ -199,7 +199,7 @@ class ExplodingDetector:
             rise, reference = excess, "its usual level"
         times = math.exp(min(rise, 700.0))
         if severity is Severity.INFO:
-            follows = "which is harmless as long as the loss recovers"
+            follows = "which is harmless as long as the loss does not rise"
         elif worse:
             follows = "and the loss is getting worse, so the next updates will damage the weights"
         else:

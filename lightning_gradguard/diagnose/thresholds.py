@@ -84,7 +84,8 @@ class Thresholds:
     """The same beside a loss that is merely no better than early: leaving a plateau raises the
     gradient by orders of magnitude some steps before the loss falls."""
     growth: float = math.log(1e3)
-    """Sustained growth of the log-norm, nats, above its lowest level (DESIGN: ln 10^3)."""
+    """Sustained growth of the log-norm, nats, above its lowest level: three
+    orders of magnitude, the same as for a gradient through time."""
     growth_allowance: float = 0.01
     """Growth per step that is forgiven, nats: an e-fold in 100 steps is not an explosion."""
     growth_block: int = 5

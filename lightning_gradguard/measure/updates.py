@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_gradguard._validation import check_number
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
 
 # A tensor is never taken to be smaller than this root mean square, or one that starts at zero could
@@ -38,6 +39,7 @@ class UpdateSampler:
         samples: Elements per tensor. Default 64: the estimate's error falls with its square root.
 
     Raises:
+        TypeError: If ``samples`` is not an integer.
         ValueError: If ``samples`` is not positive.
 
     Example:
@@ -52,8 +54,7 @@ class UpdateSampler:
     """
 
     def __init__(self, parameters: Sequence[Tensor], samples: int = 64) -> None:
-        if samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {samples}")
+        check_number("samples", samples, at_least=1, integer=True)
         self._parameters = tuple(parameters)
         self._locals = tuple(local_tensor(p) for p in self._parameters)
         self._pointers = tuple(t.data_ptr() for t in self._locals)
@@ -148,6 +149,7 @@ class UpdateForecast:
     """
 
     _MEMORY = 0.9  # what remains of a ratio after one step: half of it after seven
+    _LEAST = torch.finfo(torch.float32).eps
 
     def __init__(self) -> None:
         self._norms_P: Tensor | None = None
@@ -169,4 +171,6 @@ class UpdateForecast:
         if previous_P is None or self._ratios_P is None:
             return None
         growth_P = norms_P / previous_P.clamp(min=torch.finfo(previous_P.dtype).tiny)
-        return growth_P.clamp_(min=1.0).mul_(self._ratios_P.to(norms_P.device))
+        # A tensor that did not move (no gradient, or an update lost in rounding) may move yet.
+        ratios_P = self._ratios_P.to(norms_P.device).clamp(min=self._LEAST)
+        return growth_P.clamp_(min=1.0).mul_(ratios_P)

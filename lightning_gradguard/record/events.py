@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 SCHEMA_VERSION = 1
 
@@ -34,15 +35,15 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:
         """Append one event with its type and values."""
         if self._file is None:
             self._file = self._open()
         row = {"event": event, "schema": SCHEMA_VERSION, **values}
-        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_plain(row), allow_nan=False) + "\n"
+        self._file.write(line.encode())
 
     def close(self) -> None:
         """Close the file; a later :meth:`write` opens it again."""
@@ -50,11 +51,12 @@ class EventLog:
             self._file.close()
             self._file = None
 
-    def _open(self) -> TextIO:
+    def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a", encoding="utf-8")
+        # Without a buffer: what a full disk refused is not tried again when the file is closed.
+        file = self.path.open("ab", buffering=0)
         if file.tell() > 0 and not self.path.read_bytes().endswith(b"\n"):
-            file.write("\n")  # the last writer died inside a line: do not continue it
+            file.write(b"\n")  # the last writer died inside a line: do not continue it
         return file
 
 

@@ -114,4 +114,6 @@ class UpdateShrinker:
             ]
         )
         squares_3N = self._reducer.sum(squares_3N)
-        return squares_3N[0].div_(torch.maximum(squares_3N[1], squares_3N[2])).sqrt_()
+        least = torch.finfo(squares_3N.dtype).tiny  # for a tensor without elements
+        size_N = torch.maximum(squares_3N[1], squares_3N[2]).clamp_(min=least)
+        return squares_3N[0].div_(size_N).sqrt_()

@@ -18,7 +18,11 @@ from lightning_gradguard.respond.skipping import SkipBadSteps, SkipBudget
 from lightning_gradguard.respond.update_cap import RatioSchedule, UpdateCap
 
 # Findings upon which the learning rate is cut: the run gets worse, and the cap did not stop it.
-_CUT_ON = {Pathology.DIVERGING, Pathology.EXPLODING, Pathology.LOSS_SPIKE}
+_AS_SAID = {
+    Pathology.DIVERGING: "diverging",
+    Pathology.EXPLODING: "exploding",
+    Pathology.LOSS_SPIKE: "stuck after a spike of its loss",
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,7 @@ class StepPlan:
 
     def skips(self, total_norm: float) -> bool:
         """Whether a step with this gradient norm is dropped."""
-        return self.may_skip and not total_norm <= min(self.skip_limit, _LARGEST)
-
-
-_LARGEST = 1.7976931348623157e308
+        return self.may_skip and not (math.isfinite(total_norm) and total_norm <= self.skip_limit)
 
 
 @dataclass(frozen=True)
@@ -109,69 +110,64 @@ class Ladder:
         if math.isfinite(total_norm) and total_norm > 0.0:
             self.baseline.update(math.log(total_norm))
         if self.budget is not None:
-            actions += self._account_for_skip(step, total_norm, skipped)
+            actions += self._account_for_skip(self.budget, step, total_norm, skipped)
         if self.schedule is not None:
-            actions += self._follow_loss(step, loss, capped_share)
+            actions += self._follow_loss(self.schedule, step, loss, capped_share)
         if self.rate is not None:
-            actions += self._scale_rate(step, skipped, findings)
+            actions += self._scale_rate(self.rate, step, skipped, findings)
         return actions
 
-    def _account_for_skip(self, step: int, total_norm: float, skipped: bool) -> list[Action]:
-        budget = self.budget
-        if budget is None:
-            return []
+    def _account_for_skip(
+        self, budget: SkipBudget, step: int, total_norm: float, skipped: bool
+    ) -> list[Action]:
         budget.record(skipped)
         if not skipped:
             return []
         median = self.median_norm
-        why = (
-            f"{total_norm:.3g} times"
-            if median is None or not math.isfinite(total_norm)
-            else f"{total_norm / median:.3g} times its median"
+        size = f"{total_norm:.3g}"
+        if median is not None and math.isfinite(total_norm):
+            size += f", {total_norm / median:.3g} times its median"
+        message = (
+            f"Step {step} skipped, because the gradient norm was {size}; "
+            "weights and optimizer state are untouched."
         )
-        reason = (
-            f"the gradient norm was {why}"
-            if math.isfinite(total_norm)
-            else f"the gradient norm was {total_norm}"
-        )
-        message = f"step {step} skipped: {reason}; weights and optimizer state are untouched."
         actions = [Action(ActionKind.SKIP, step, message, {"total_norm": total_norm})]
         if budget.spent and not self.should_stop:
             self.should_stop = True
             message = (
-                f"stopping at step {step}: {budget.consecutive} steps in a row had to be skipped, "
+                f"Stopping at step {step}: {budget.consecutive} steps in a row had to be skipped, "
                 "so the weights or the data themselves are bad."
             )
             numbers = {"consecutive": float(budget.consecutive)}
             actions.append(Action(ActionKind.STOP, step, message, numbers))
         return actions
 
-    def _follow_loss(self, step: int, loss: float | None, capped_share: float) -> list[Action]:
-        schedule = self.schedule
-        if schedule is None:
-            return []
+    @staticmethod
+    def _follow_loss(
+        schedule: RatioSchedule, step: int, loss: float | None, capped_share: float
+    ) -> list[Action]:
         change = schedule.advance(loss, capped_share)
         if change >= 1.0:
             return []
         message = (
-            f"cap on relative updates tightened to {schedule.ratio:.2%} per step: "
-            "it binds and the loss does not improve."
+            f"Cap on updates tightened to {schedule.ratio:.2%} of each tensor's norm per step, "
+            "because it binds and the loss does not improve."
         )
         return [Action(ActionKind.TIGHTEN, step, message, {"max_ratio": schedule.ratio})]
 
-    def _scale_rate(self, step: int, skipped: bool, findings: Sequence[Finding]) -> list[Action]:
-        rate = self.rate
-        if rate is None:
-            return []
-        causes = [f for f in findings if f.severity >= Severity.WARNING and f.pathology in _CUT_ON]
+    @staticmethod
+    def _scale_rate(
+        rate: LearningRateScale, step: int, skipped: bool, findings: Sequence[Finding]
+    ) -> list[Action]:
+        causes = [f for f in findings if f.severity >= Severity.WARNING and f.pathology in _AS_SAID]
         if causes and rate.cut():
             message = (
-                f"learning rate cut to {rate.scale:.3g} of its schedule because of "
-                f"{causes[0].pathology.value}."
+                f"Learning rate cut to {rate.scale:.3g} of its schedule, because the run is "
+                f"{_AS_SAID[causes[0].pathology]}."
             )
             kind = ActionKind.BACK_OFF
         elif rate.advance(healthy=not skipped and not causes):
-            message = f"learning rate recovered to {rate.scale:.3g} of its schedule."
+            message = f"Learning rate recovered to {rate.scale:.3g} of its schedule."
             kind = ActionKind.RECOVER
         else:
             return []

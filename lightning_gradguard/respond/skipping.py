@@ -28,10 +28,8 @@ class SkipBadSteps:
         ValueError: If an argument is out of range.
 
     Example:
-        >>> SkipBadSteps().is_bad(float("nan"), median_norm=1.0)
-        True
-        >>> SkipBadSteps().is_bad(20.0, median_norm=1.0)
-        False
+        >>> SkipBadSteps().limit(median_norm=0.5)
+        500.0
     """
 
     outlier_factor: float = 1000.0
@@ -44,10 +42,6 @@ class SkipBadSteps:
     def limit(self, median_norm: float | None) -> float:
         """Gradient norm beyond which a step is dropped (``inf`` while there is no baseline)."""
         return math.inf if median_norm is None else self.outlier_factor * median_norm
-
-    def is_bad(self, total_norm: float, median_norm: float | None) -> bool:
-        """Whether a step with this gradient norm must not be taken."""
-        return not math.isfinite(total_norm) or total_norm > self.limit(median_norm)
 
 
 class SkipBudget:

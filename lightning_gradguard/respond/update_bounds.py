@@ -127,7 +127,8 @@ class WeightNorms:
                 ]
             )
             squares_2P = self._reducer.sum(torch.stack([norms_P.square(), floors_P]))
-            self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).sqrt_()
+            least = torch.finfo(squares_2P.dtype).tiny  # for a tensor without elements
+            self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).clamp_(min=least).sqrt_()
         return due
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,6 +225,7 @@ class StepSizeBound:
         self, optimizer: Optimizer, parameters: Sequence[Tensor], *, on_device: bool
     ) -> None:
         self._optimizer = optimizer
+        self._parameters = list(parameters)
         self._weights = WeightNorms(parameters)
         self._group_of = _group_numbers(optimizer, parameters)
         self._roots = [math.sqrt(real_numel(p)) for p in parameters]
@@ -267,8 +269,13 @@ class StepSizeBound:
             rates[group] * potential
             for group, potential in zip(self._group_of, self._potentials, strict=True)
         ]
-        chosen = [i for i, ratio in enumerate(expected) if not ratio < near]
-        self._scales = [min(1.0, max_ratio / expected[i]) for i in chosen]
+        chosen = [
+            i
+            for i, (ratio, parameter) in enumerate(zip(expected, self._parameters, strict=True))
+            if not ratio < near and parameter.grad is not None
+        ]
+        # A warm-up may begin with a rate of zero, at which nothing moves.
+        self._scales = [max_ratio / max(expected[i], max_ratio) for i in chosen]
         self._shrinker.copy(chosen)
 
     def after_step(self) -> int | Tensor:
