@@ -141,6 +141,13 @@ class EngineCallback(Callback):
                 _NOT_SUPPORTED[strategy],
             )
             return
+        if trainer.gradient_clip_val:
+            logger.info(
+                "Trainer(gradient_clip_val=%s) clips after %s: grad_norm/total is the norm before "
+                "both, grad_norm/total_clipped the one between them.",
+                trainer.gradient_clip_val,
+                type(self).__name__,
+            )
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
         log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
         for number, optimizer in enumerate(trainer.optimizers):

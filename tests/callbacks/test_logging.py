@@ -1,0 +1,126 @@
+"""What reaches loggers, progress bar and other callbacks, against a hand-written computation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_gradguard import GradGuard, GradientMonitor
+
+STEPS = 12
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh())
+        self.total = torch.nn.Linear(4, 1)  # a name that could be taken for the total norm
+        self.norms: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        return (self.total(self.encoder(batch[0])) - 1.0).square().mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        # callbacks come before the module: these are the gradients that the guard left behind
+        self.norms.append(math.sqrt(sum(p.grad.norm().item() ** 2 for p in self.parameters())))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def fit(callbacks, tmp_path, epochs=1, **options):
+    module = Net()
+    trainer = Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        log_every_n_steps=4,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **{"logger": False, **options},
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(STEPS, 3))))
+    return module, trainer
+
+
+def own(caplog) -> list[str]:
+    """What the guard itself said."""
+    return [r.getMessage() for r in caplog.records if r.name == "lightning_gradguard"]
+
+
+def test_norms_reach_the_logger_on_lightnings_own_schedule(tmp_path):
+    module, _ = fit([GradientMonitor()], tmp_path, logger=CSVLogger(tmp_path))
+
+    lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    logged = {
+        int(row["step"]): float(row["grad_norm/total"]) for row in rows if row["grad_norm/total"]
+    }
+    assert list(logged) == [3, 7, 11]
+    for step, norm in logged.items():
+        assert norm == pytest.approx(module.norms[step], rel=1e-6)
+
+
+def test_layers_and_a_layer_called_total_keep_their_own_keys(tmp_path):
+    _, trainer = fit([GradientMonitor()], tmp_path)
+    _, shallow = fit([GradientMonitor(layer_depth=1)], tmp_path)
+
+    assert {"grad_norm/total", "grad_norm/total_", "grad_norm/encoder.0"} <= set(
+        trainer.callback_metrics
+    )
+    assert "grad_norm/encoder" in shallow.callback_metrics
+    parts = [trainer.callback_metrics[f"grad_norm/{name}"] ** 2 for name in ("total_", "encoder.0")]
+    total = trainer.callback_metrics["grad_norm/total"] ** 2
+    torch.testing.assert_close(sum(parts), total)
+
+
+def test_the_epochs_statistics_are_those_of_its_log_norms(tmp_path):
+    module, trainer = fit([GradientMonitor()], tmp_path, epochs=2)
+
+    logs = np.log(module.norms[STEPS:])  # the second epoch alone
+    expected = {"log_mean": logs.mean(), "log_std": logs.std(), "log_max": logs.max()}
+    for name, value in expected.items():
+        assert trainer.callback_metrics[f"grad_norm/{name}"].item() == pytest.approx(
+            value, rel=1e-4
+        )
+
+
+def test_keys_have_only_characters_that_every_logger_takes(tmp_path):
+    _, trainer = fit([GradGuard()], tmp_path)
+
+    assert "gradguard/lr_scale" in trainer.callback_metrics
+    assert all(re.fullmatch(r"[A-Za-z0-9_./]+", key) for key in trainer.callback_metrics)
+
+
+def test_other_callbacks_can_watch_the_norm(tmp_path):
+    stop = EarlyStopping("grad_norm/total", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    _, trainer = fit([GradientMonitor(), stop], tmp_path, epochs=5)
+
+    assert trainer.current_epoch < 5
+
+
+def test_a_healthy_run_says_and_writes_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_gradguard"):
+        fit([GradGuard()], tmp_path)
+
+    assert own(caplog) == []
+    assert not list(tmp_path.rglob("events.jsonl"))
+
+
+def test_the_users_own_clipping_is_named(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_gradguard"):
+        fit([GradGuard()], tmp_path, gradient_clip_val=0.5)
+
+    (message,) = own(caplog)
+    assert "gradient_clip_val=0.5" in message
+    assert "grad_norm/total_clipped" in message
