@@ -43,11 +43,13 @@ class AdaptiveClip:
 def clip_coefficient(total_norm: float, threshold: float) -> float:
     """The factor that brings ``total_norm`` down to ``threshold``; 1.0 where nothing is to do.
 
+    An infinite norm is left alone: multiplied by 0 its infinities become NaN, and all else is lost.
+
     Example:
         >>> clip_coefficient(4.0, 1.0), clip_coefficient(0.5, 1.0)
         (0.25, 1.0)
     """
-    return threshold / total_norm if total_norm > threshold else 1.0
+    return threshold / total_norm if threshold < total_norm < math.inf else 1.0
 
 
 @torch.no_grad()

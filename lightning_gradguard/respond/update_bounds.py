@@ -170,7 +170,8 @@ class GradientBound:
         self._shares_P = norms.values / self._weights.norms_P
         if len(self._sizes) == 1:
             return self._shares_P.amax(0, keepdim=True)
-        return torch.stack([part.amax() for part in self._shares_P.split(self._sizes)])
+        parts = self._shares_P.split(self._sizes)
+        return torch.stack([part.amax() if len(part) else part.sum() for part in parts])
 
     def before_step(
         self, max_ratio: float, coefficient: float | Tensor, seen: Sequence[float]

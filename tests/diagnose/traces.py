@@ -12,7 +12,9 @@ Trace = list[tuple[float, float]]
 Make = Callable[[random.Random, int], Trace]
 
 
-def diagnose(trace: Iterable[tuple[float | None, float]], detectors: list[Detector] | None = None):
+def diagnose(
+    trace: Iterable[tuple[float | None, float]], detectors: list[Detector] | None = None
+) -> list[Finding]:
     """Runs the detectors over a trace and returns all findings."""
     detectors = default_detectors() if detectors is None else detectors
     findings: list[Finding] = []
@@ -226,7 +228,7 @@ HEALTHY: dict[str, Make] = {
 }
 
 
-# ---- failing: healthy for `start` steps, then something goes wrong --------------------------------
+# ---- failing: healthy for `start` steps, then something goes wrong ------------------------------
 
 
 def explosion(rng: random.Random, start: int, rate: float = 0.2, n: int = 400) -> Trace:

@@ -1,0 +1,269 @@
+"""What holds for every detector."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gradguard.diagnose import (
+    Detector,
+    DivergingDetector,
+    ExplodingDetector,
+    Finding,
+    LossSpikeDetector,
+    NonFiniteDetector,
+    Observation,
+    Pathology,
+    Severity,
+    Thresholds,
+    default_detectors,
+)
+from tests.diagnose.traces import (
+    HEALTHY,
+    Trace,
+    diagnose,
+    explosion,
+    falling,
+    heavy_tailed,
+    lasting_spike,
+    slow_divergence,
+)
+
+KINDS = [NonFiniteDetector, ExplodingDetector, LossSpikeDetector, DivergingDetector]
+# Each example is a whole run.
+few = settings(max_examples=20)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+LOSSES = st.none() | st.floats() | st.sampled_from([0.0, 1.0])
+NORMS = st.floats(min_value=0.0) | st.just(math.nan) | st.sampled_from([0.0, 1.0])
+ANYTHING = st.lists(st.tuples(LOSSES, NORMS), max_size=120)
+
+
+def eventful(seed: int, n: int = 700) -> Trace:
+    """A run with a good part and then one of everything that can go wrong."""
+    rng = random.Random(seed)
+    healthy = rng.choice(list(HEALTHY.values()))(rng, n)[: rng.randrange(n)]
+    bad = rng.choice([explosion, lasting_spike, slow_divergence])(rng, rng.randrange(2, 200))
+    holes = [(math.nan, 1.0), (1.0, math.inf), (0.0, 0.0)]
+    trace = healthy + bad[:400]
+    for _ in range(3):
+        trace[rng.randrange(len(trace))] = rng.choice(holes)
+    return trace
+
+
+def facts(findings: list[Finding]) -> list[tuple[str, str, str, int]]:
+    return [(f.pathology.value, f.severity.label, f.where, f.step) for f in findings]
+
+
+def observations(trace: Trace, start: int = 0) -> Iterator[Observation]:
+    for step, (loss, norm) in enumerate(trace, start):
+        yield Observation(step, loss, norm)
+
+
+def test_the_default_detectors_are_one_per_pathology() -> None:
+    assert [type(d) for d in default_detectors()] == KINDS
+    first, second = default_detectors(), default_detectors()
+    assert all(a is not b for a, b in zip(first, second, strict=True))
+
+
+def test_thresholds_reach_every_detector() -> None:
+    short = Thresholds(heal_steps=1)
+    assert all(d._episode.heal_steps == 1 for d in default_detectors(short))  # type: ignore[attr-defined]
+
+
+def test_eventful_runs_make_every_detector_speak() -> None:
+    """Or the properties below would hold because nothing happens."""
+    found = [f for seed in range(20) for f in diagnose(eventful(seed))]
+    assert {f.pathology for f in found} == set(Pathology)
+    assert {f.severity for f in found} == set(Severity)
+
+
+def test_diagnosis_needs_no_torch() -> None:
+    code = "import sys, lightning_gradguard.diagnose; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    torch_too = code.replace("diagnose", "measure")
+    assert subprocess.run([sys.executable, "-c", torch_too], check=False).returncode == 1
+
+
+@every_kind
+@given(trace=ANYTHING)
+def test_any_input_is_survived(kind: type[Detector], trace: Trace) -> None:
+    detector = kind()
+    for finding in diagnose(trace, [detector]):
+        assert all(math.isfinite(v) for v in finding.evidence.values())
+        json.dumps(finding.to_dict(), allow_nan=False)
+    json.dumps(detector.state_dict(), allow_nan=False)
+
+
+@every_kind
+@few
+@given(seed=st.integers(0, 10_000))
+def test_the_same_run_gives_the_same_findings(kind: type[Detector], seed: int) -> None:
+    assert diagnose(eventful(seed), [kind()]) == diagnose(eventful(seed), [kind()])
+
+
+@every_kind
+@few
+@given(seed=st.integers(0, 10_000), exponent=st.floats(-12, 12))
+def test_scaling_the_loss_changes_no_finding(
+    kind: type[Detector], seed: int, exponent: float
+) -> None:
+    c = 10.0**exponent
+    trace = eventful(seed)
+    scaled = [(c * loss, c * norm) for loss, norm in trace]
+    assert facts(diagnose(scaled, [kind()])) == facts(diagnose(trace, [kind()]))
+
+
+@every_kind
+@few
+@given(seed=st.integers(0, 10_000), exponent=st.floats(-12, 12))
+def test_the_unit_of_the_gradient_alone_changes_no_finding(
+    kind: type[Detector], seed: int, exponent: float
+) -> None:
+    trace = eventful(seed)
+    scaled = [(loss, 10.0**exponent * norm) for loss, norm in trace]
+    assert facts(diagnose(scaled, [kind()])) == facts(diagnose(trace, [kind()]))
+
+
+@every_kind
+@few
+@given(seed=st.integers(0, 10_000), shift=st.floats(100.0, 1000.0))
+def test_below_zero_shifting_the_loss_changes_no_finding(
+    kind: type[Detector], seed: int, shift: float
+) -> None:
+    """Where no loss is positive, only differences count."""
+    trace = [(-1000.0 + min(loss, 100.0), norm) for loss, norm in eventful(seed)]
+    shifted = [(loss - shift, norm) for loss, norm in trace]
+    assert facts(diagnose(shifted, [kind()])) == facts(diagnose(trace, [kind()]))
+
+
+@every_kind
+@few
+@given(seed=st.integers(0, 10_000), cut=st.floats(0, 1))
+def test_a_restored_state_continues_identically(
+    kind: type[Detector], seed: int, cut: float
+) -> None:
+    trace = eventful(seed)
+    k = int(cut * len(trace))
+    whole, first, second = kind(), kind(), kind()
+    expected = diagnose(trace, [whole])
+    head = [f for o in observations(trace[:k]) for f in first.observe(o)]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    tail = [f for o in observations(trace[k:], k) for f in second.observe(o)]
+    assert head + tail == expected
+    assert second.state_dict() == whole.state_dict()
+
+
+@every_kind
+def test_a_state_is_a_copy(kind: type[Detector]) -> None:
+    detector = kind()
+    trace = eventful(0)
+    diagnose(trace[:100], [detector])
+    state = detector.state_dict()
+    written = json.dumps(state)
+    diagnose(trace[100:], [detector])
+    assert json.dumps(state) == written
+    other = kind()
+    other.load_state_dict(state)
+    diagnose(trace[100:], [other])
+    assert json.dumps(state) == written
+
+
+@every_kind
+def test_a_state_loads_with_weights_only(kind: type[Detector]) -> None:
+    detector = kind()
+    diagnose(eventful(3), [detector])
+    buffer = io.BytesIO()
+    torch.save(detector.state_dict(), buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == detector.state_dict()
+
+
+@every_kind
+def test_reset_forgets_everything(kind: type[Detector]) -> None:
+    detector = kind()
+    diagnose(eventful(1), [detector])
+    detector.reset()
+    assert detector.state_dict() == kind().state_dict()
+    assert diagnose(eventful(2), [detector]) == diagnose(eventful(2), [kind()])
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "trace",
+    [[], [(1.0, 1.0)], [(None, 0.0)], [(0.0, 0.0)] * 500, [(-3.0, 2.0)] * 500, [(None, 1.0)] * 500],
+    ids=["empty", "one step", "one unknown", "zero", "constant", "no loss"],
+)
+def test_inputs_without_news_give_no_finding(kind: type[Detector], trace: Trace) -> None:
+    assert diagnose(trace, [kind()]) == []
+
+
+def test_memory_is_bounded_over_many_steps() -> None:
+    rng = random.Random(0)
+    detectors = default_detectors()
+    trace = heavy_tailed(rng, 40_000) + explosion(rng, 1000, 0.1) + falling(rng, 58_600)
+    sizes = []
+    for observation in observations(trace):
+        for detector in detectors:
+            detector.observe(observation)
+        if observation.step % 5000 == 4999:
+            sizes.append(sum(len(json.dumps(d.state_dict())) for d in detectors))
+    assert len(trace) == 100_000
+    # 2 windows of 128, 3 x (2 blocks of 16 and 32 moves) at up to 25 characters a number.
+    assert max(sizes) < 25 * (2 * (128 + 16) + 3 * (2 * 16 + 32) + 60)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Finding]:
+    findings = [f for seed in range(60) for f in diagnose(eventful(seed))]
+    named = {"encoder.rnn.weight_hh_l0": 9.0, "head.bias": math.nan, "bias": math.nan}
+    for loss, total in ((1.0, math.nan), (math.nan, math.inf)):
+        findings += NonFiniteDetector().observe(Observation(4, loss, total, named))
+    exploding = ExplodingDetector()
+    for step in range(60):
+        observation = Observation(step, 2.0 * 1.3**step, 2.0**step, {"encoder.rnn.weight": 1.0})
+        findings += exploding.observe(observation)
+    return findings
+
+
+def test_messages_read_well(found: list[Finding]) -> None:
+    assert {(f.pathology, f.severity) for f in found} >= {
+        (Pathology.NON_FINITE, Severity.CRITICAL),
+        (Pathology.EXPLODING, Severity.INFO),
+        (Pathology.EXPLODING, Severity.WARNING),
+        (Pathology.LOSS_SPIKE, Severity.INFO),
+        (Pathology.LOSS_SPIKE, Severity.WARNING),
+        (Pathology.DIVERGING, Severity.INFO),
+        (Pathology.DIVERGING, Severity.WARNING),
+        (Pathology.DIVERGING, Severity.CRITICAL),
+    }
+    for finding in found:
+        message = finding.message
+        assert re.fullmatch(r"The .+\.", message), message
+        assert not re.search(r"[.!?]\s", message), f"more than one sentence: {message}"
+        assert re.search(r"\d", message), f"no number: {message}"
+        assert message.isascii()
+        assert len(message) < 200, message
+        assert "  " not in message
+        place = {"model": "the model", "loss": "The loss"}.get(finding.where, f"`{finding.where}`")
+        assert place in message, message
+        # What follows: every message goes on after a comma.
+        assert re.search(r", (so|and|which) ", message), message
+
+
+def test_remedies_are_sentences_with_code(found: list[Finding]) -> None:
+    for finding in found:
+        assert 1 <= len(finding.remedies) <= 3
+        for remedy in finding.remedies:
+            assert re.fullmatch(r"[A-Z][^.]*\.", remedy.sentence), remedy.sentence
+            compile(remedy.code, "remedy", "exec")
