@@ -52,7 +52,7 @@ class _Step:
 
     outcome: Outcome
     norms: GradNorms | None
-    on_device: Tensor | None = None  # coefficient, gradient norm, loss, failed ranks, signal
+    on_device: tuple[Tensor, Tensor] | None = None  # coefficient; norm, loss, failed ranks, signal
 
     @property
     def dropped(self) -> bool:
@@ -248,8 +248,8 @@ class GuardEngine:
         if self._pipeline.ladder is not None:
             coefficient = self._controls.apply(step.outcome.plan, values[0])
         else:
-            coefficient = torch.ones_like(values[0])
-        step.on_device = torch.cat([coefficient.view(1).to(values), values])
+            coefficient = self._one
+        step.on_device = (coefficient.view(1), values)
         signal, self._late_signal = self._late_signal, []
         return coefficient, signal
 
@@ -265,10 +265,13 @@ class GuardEngine:
         if self._bound is not None and not step.dropped:
             capped = self._bound.after_step()
         if step.on_device is None:
-            self._take(step, replace(step.outcome, capped=int(capped)))
+            outcome = step.outcome
+            self._take(step, replace(outcome, capped=int(capped)) if capped else outcome)
             return
-        count = torch.as_tensor(capped, device=step.on_device.device).view(1).to(step.on_device)
-        for late, values in self._late.push(step, torch.cat([count, step.on_device])):
+        # A number of the host's own would have to be sent to the device: nothing is capped mostly.
+        count = self._zero if isinstance(capped, int) and not capped else capped
+        count = torch.as_tensor(count, device=self._zero.device).view(1)
+        for late, values in self._late.push(step, torch.cat([count, *step.on_device])):
             self._take_late(late, values)
 
     def _take_late(self, step: _Step, values: list[float]) -> None:
@@ -307,7 +310,7 @@ class GuardEngine:
         self._meter = NormMeter(named)
         parameters = self._meter.parameters
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._zero = torch.zeros((), device=device)
+        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
         self._no_loss = torch.full((), math.nan, device=device)
         self._pipeline.tensors = len(parameters)
         self._bound: UpdateBound | None = None

@@ -77,7 +77,7 @@ class FusedControls:
         for name, value in zip(self._NAMES, (scale, found_inf), strict=True):
             setattr(self._optimizer, name, value)
         self._active = True
-        return torch.where(bad, 0.0, scale.reciprocal())
+        return scale.reciprocal().masked_fill_(bad, 0.0)
 
     def _drop_before_momentum(self, bad: Tensor) -> None:
         """Drop on the host while SGD has no momentum yet.

@@ -19,7 +19,9 @@ class AdaptiveClip:
     There is no absolute threshold, so scaling the loss changes nothing.
 
     Args:
-        multiple: The threshold as a multiple of the running median norm. Default 1.0.
+        multiple: The threshold as a multiple of the running median norm. Default 10: it is there
+            for outliers, which would fill Adam's second moment for a thousand steps; clipping
+            ordinary noise costs slow starters, and large updates are the cap's business.
 
     Raises:
         TypeError: If ``multiple`` is not a number.
@@ -27,10 +29,10 @@ class AdaptiveClip:
 
     Example:
         >>> AdaptiveClip().threshold(median_norm=0.5)
-        0.5
+        5.0
     """
 
-    multiple: float = 1.0
+    multiple: float = 10.0
 
     def __post_init__(self) -> None:
         check_number("multiple", self.multiple, above=0.0)
