@@ -122,7 +122,7 @@ class GuardEngine:
         self.recorder = recorder if recorder is not None else Recorder()
         self._model = model
         self._optimizer = optimizer
-        self._caps = protecting and cap is not None
+        self._cap = cap if protecting else None
         self._rate = ScaledLearningRate(optimizer)
         self._fused = runs_fused(optimizer)
         self._controls = FusedControls(optimizer)
@@ -249,7 +249,7 @@ class GuardEngine:
             coefficient = self._controls.apply(step.outcome.plan, values[0])
         else:
             coefficient = self._one
-        step.on_device = (coefficient.view(1), values)
+        step.on_device = (coefficient.view(1).to(values), values)
         signal, self._late_signal = self._late_signal, []
         return coefficient, signal
 
@@ -262,26 +262,31 @@ class GuardEngine:
         self._current = None
         self._release()
         capped: int | Tensor = 0
+        large: int | Tensor = 0
         if self._bound is not None and not step.dropped:
-            capped = self._bound.after_step()
+            capped, large = self._bound.after_step(), self._bound.large
+        if not isinstance(capped, Tensor) and not isinstance(large, Tensor):
+            if capped or large:
+                step.outcome = replace(step.outcome, capped=capped, large=large)
+            capped = large = self._zero
         if step.on_device is None:
-            outcome = step.outcome
-            self._take(step, replace(outcome, capped=int(capped)) if capped else outcome)
+            self._take(step, step.outcome)
             return
-        # A number of the host's own would have to be sent to the device: nothing is capped mostly.
-        count = self._zero if isinstance(capped, int) and not capped else capped
-        count = torch.as_tensor(count, device=self._zero.device).view(1)
-        for late, values in self._late.push(step, torch.cat([count, *step.on_device])):
+        like = step.on_device[1]
+        counts = [torch.as_tensor(count).view(1).to(like) for count in (capped, large)]
+        for late, values in self._late.push(step, torch.cat([*counts, *step.on_device])):
             self._take_late(late, values)
 
     def _take_late(self, step: _Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
-        capped, coefficient, total, loss, failed, *self._late_signal = values
+        capped, large, coefficient, total, loss, failed, *self._late_signal = values
         if failed > 0:
             self._turn_off("the guard failed on another rank")
             return
         outcome = step.outcome.seen(total, loss, coefficient)
-        self._take(step, replace(outcome, capped=int(capped)))
+        if capped or large:
+            outcome = replace(outcome, capped=int(capped), large=int(large))
+        self._take(step, outcome)
 
     def _take(self, step: _Step, outcome: Outcome) -> None:
         norms = step.norms
@@ -314,8 +319,13 @@ class GuardEngine:
         self._no_loss = torch.full((), math.nan, device=device)
         self._pipeline.tensors = len(parameters)
         self._bound: UpdateBound | None = None
-        if self._caps and parameters:
-            self._bound = make_bound(self._optimizer, parameters, on_device=self._fused)
+        if self._cap is not None and parameters:
+            self._bound = make_bound(
+                self._optimizer,
+                parameters,
+                on_device=self._fused,
+                large_ratio=self._cap.large_ratio,
+            )
         self._late_signal = []
 
     def _head(self, total: Tensor, loss: Tensor | float | None) -> Tensor:

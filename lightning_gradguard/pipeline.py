@@ -25,7 +25,8 @@ class Outcome:
         total_norm: Gradient norm before clipping.
         loss: Loss, if known.
         coefficient: What the gradient was multiplied by; 0 if the step was dropped.
-        capped: Tensors that were moved back to the cap.
+        capped: Tensors that were held back by the cap.
+        large: Tensors whose update would have been large without it.
         left_to_scaler: Whether a gradient scaler is in charge of steps that are not finite.
     """
 
@@ -35,6 +36,7 @@ class Outcome:
     loss: float | None = None
     coefficient: float = 1.0
     capped: int = 0
+    large: int = 0
     left_to_scaler: bool = False
 
     def seen(self, total_norm: float, loss: float, coefficient: float) -> Outcome:
@@ -140,7 +142,7 @@ class Pipeline:
             total_norm=outcome.total_norm,
             loss=outcome.loss,
             skipped=dropped,
-            capped_share=outcome.capped / max(self.tensors, 1),
+            large_share=outcome.large / max(self.tensors, 1),
             findings=findings,
         )
         for action in actions:

@@ -132,6 +132,7 @@ class EngineCallback(Callback):
         self._close()
         self._engines, self._by_optimizer, self._final_state = [], {}, None
         self._losses.clear()
+        self._epoch = EpochNorms()
         strategy = type(trainer.strategy).__name__
         if strategy in _NOT_SUPPORTED:
             logger.warning(

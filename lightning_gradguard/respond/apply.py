@@ -69,6 +69,8 @@ class FusedControls:
         bad = ~(norm <= limit) if plan.may_skip else torch.zeros_like(norm, dtype=torch.bool)
         if math.isfinite(plan.clip_threshold):
             scale = (norm / plan.clip_threshold).clamp_(min=1.0)
+            if not plan.may_skip:  # see clip_coefficient
+                scale.nan_to_num_(nan=1.0, posinf=1.0)
         else:
             scale = torch.ones_like(norm)
         found_inf = bad.to(torch.float32)

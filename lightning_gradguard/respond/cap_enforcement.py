@@ -57,6 +57,7 @@ class UpdateShrinker:
         self._chosen: list[int] = []
         self._copies: list[Tensor] = []
         self._floors_N = torch.zeros(0)
+        self._ratios_N = torch.zeros(0)
         self._reducer = ShardReducer([])
 
     @torch.no_grad()
@@ -86,7 +87,8 @@ class UpdateShrinker:
         if not self._chosen:
             return 0
         tensors = [local_tensor(self._parameters[i]).detach() for i in self._chosen]
-        excess_N = self._ratios(tensors).div_(max_ratio).clamp_(min=1.0)
+        self._ratios_N = self._ratios(tensors)
+        excess_N = (self._ratios_N / max_ratio).clamp_(min=1.0)
         if scales is not None:
             given_N = torch.tensor([1.0 / s for s in scales], device=excess_N.device)
             excess_N = torch.maximum(excess_N, given_N)
@@ -102,6 +104,13 @@ class UpdateShrinker:
                 tensor.copy_(copy.lerp_(tensor, 1.0 / excess) if math.isfinite(excess) else copy)
                 over += 1
         return over
+
+    def beyond(self, ratio: float) -> int | Tensor:
+        """How many of the copied tensors the last step moved by more than ``ratio``."""
+        if not self._chosen:
+            return 0
+        count = (self._ratios_N > ratio).sum()
+        return count if self._on_device else int(count)
 
     def _ratios(self, tensors: list[Tensor]) -> Tensor:
         """(N,) ‖ΔW‖ / max(‖W‖, floor) of the step just taken."""

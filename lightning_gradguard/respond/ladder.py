@@ -93,7 +93,7 @@ class Ladder:
         total_norm: float,
         loss: float | None,
         skipped: bool,
-        capped_share: float,
+        large_share: float,
         findings: Sequence[Finding],
     ) -> list[Action]:
         """Take in one step; returns what changes because of it.
@@ -103,7 +103,7 @@ class Ladder:
             total_norm: Gradient norm before clipping.
             loss: Loss of the step, if known.
             skipped: Whether it was dropped.
-            capped_share: Share of tensors that were moved back to the cap, in [0, 1].
+            large_share: Share of tensors whose update would have been large, in [0, 1].
             findings: Findings that opened at this step.
         """
         actions: list[Action] = []
@@ -112,7 +112,7 @@ class Ladder:
         if self.budget is not None:
             actions += self._account_for_skip(self.budget, step, total_norm, skipped)
         if self.schedule is not None:
-            actions += self._follow_loss(self.schedule, step, loss, capped_share)
+            actions += self._follow_loss(self.schedule, step, loss, large_share)
         if self.rate is not None:
             actions += self._scale_rate(self.rate, step, skipped, findings)
         return actions
@@ -144,14 +144,14 @@ class Ladder:
 
     @staticmethod
     def _follow_loss(
-        schedule: RatioSchedule, step: int, loss: float | None, capped_share: float
+        schedule: RatioSchedule, step: int, loss: float | None, large_share: float
     ) -> list[Action]:
-        change = schedule.advance(loss, capped_share)
+        change = schedule.advance(loss, large_share)
         if change >= 1.0:
             return []
         message = (
             f"Cap on updates tightened to {schedule.ratio:.2%} of each tensor's norm per step, "
-            "because it binds and the loss does not improve."
+            "because updates are large and the loss does not improve."
         )
         return [Action(ActionKind.TIGHTEN, step, message, {"max_ratio": schedule.ratio})]
 

@@ -50,7 +50,13 @@ _NORMALIZING = (
 
 
 class UpdateBound(Protocol):
-    """Holds every tensor's update to a share of its norm."""
+    """Holds every tensor's update to a share of its norm.
+
+    Attributes:
+        large: How many tensors would have moved by more than ``large_ratio`` in the last step.
+    """
+
+    large: int | Tensor
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """Device values, (K,), that :meth:`before_step` wants to be read, if any."""
@@ -77,7 +83,11 @@ class UpdateBound(Protocol):
 
 
 def make_bound(
-    optimizer: Optimizer, parameters: Sequence[Tensor], *, on_device: bool
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    *,
+    on_device: bool,
+    large_ratio: float = math.inf,
 ) -> UpdateBound:
     """The bound for this optimizer.
 
@@ -85,12 +95,16 @@ def make_bound(
         optimizer: Decides on the means; see the module's docstring.
         parameters: Its parameters, each once.
         on_device: Decide on the device, with no host read.
+        large_ratio: What counts as a large relative update, whether or not it is held back.
     """
+    kind: type[GradientBound | StepSizeBound | SampledBound]
     if type(optimizer) is torch.optim.SGD:
-        return GradientBound(optimizer, parameters, on_device=on_device)
-    if isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
-        return StepSizeBound(optimizer, parameters, on_device=on_device)
-    return SampledBound(optimizer, parameters, on_device=on_device)
+        kind = GradientBound
+    elif isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
+        kind = StepSizeBound
+    else:
+        kind = SampledBound
+    return kind(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
 
 
 def _may_leap(optimizer: Optimizer) -> bool:
@@ -152,8 +166,15 @@ class GradientBound:
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor], *, on_device: bool
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        large_ratio: float = math.inf,
     ) -> None:
+        self.large: int | Tensor = 0
+        self._large_ratio = large_ratio
         self._optimizer = optimizer
         self._parameters = list(parameters)
         self._on_device = on_device
@@ -177,23 +198,32 @@ class GradientBound:
         self, max_ratio: float, coefficient: float | Tensor, seen: Sequence[float]
     ) -> None:
         """Scale down the gradients of the tensors that are over their bound."""
-        self._held_back = 0
-        limits = [_limit(group, max_ratio) for group in self._optimizer.param_groups]
+        self._held_back = self.large = 0
+        groups = self._optimizer.param_groups
+        limits = [_limit(group, max_ratio) for group in groups]
+        large = [_limit(group, self._large_ratio) for group in groups]
         # On the device the shares are some steps old: leave room for them to have grown.
         room = NEAR_SHARE if self._on_device else 1.0 / float(coefficient)
-        if seen and all(p <= room * limit for p, limit in zip(seen, limits, strict=True)):
+        if seen and all(
+            peak <= room * min(pair) for peak, *pair in zip(seen, limits, large, strict=True)
+        ):
             return
-        sizes = zip(limits, self._sizes, strict=True)
-        limits_P = self._shares_P.new_tensor([limit for limit, n in sizes for _ in range(n)])
-        scales_P = (limits_P / (self._shares_P * coefficient)).clamp_(max=1.0)
+        shares_P = self._shares_P * coefficient
+        limits_P, large_P = self._spread(limits), self._spread(large)
+        scales_P = (limits_P / shares_P).clamp_(max=1.0)
         if self._on_device:
             self._scale(range(len(self._parameters)), list(scales_P.unbind()))
-            self._held_back = (scales_P < 1.0).sum()
+            self._held_back, self.large = (scales_P < 1.0).sum(), (shares_P > large_P).sum()
             return
-        scales = scales_P.tolist()
+        scales, beyond = torch.stack([scales_P, (shares_P > large_P).to(scales_P)]).tolist()
         over = [i for i, scale in enumerate(scales) if scale < 1.0]
         self._scale(over, [scales[i] for i in over])
-        self._held_back = len(over)
+        self._held_back, self.large = len(over), int(sum(beyond))
+
+    def _spread(self, values: Sequence[float]) -> Tensor:
+        """(P,) the value of each tensor's group."""
+        pairs = zip(values, self._sizes, strict=True)
+        return self._shares_P.new_tensor([value for value, size in pairs for _ in range(size)])
 
     def _scale(self, numbers: Sequence[int], scales: Sequence[Any]) -> None:
         gradients = [(self._parameters[i].grad, s) for i, s in zip(numbers, scales, strict=True)]
@@ -223,8 +253,15 @@ class StepSizeBound:
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor], *, on_device: bool
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        large_ratio: float = math.inf,
     ) -> None:
+        self.large: int | Tensor = 0
+        self._large_ratio = large_ratio
         self._optimizer = optimizer
         self._parameters = list(parameters)
         self._weights = WeightNorms(parameters)
@@ -264,6 +301,7 @@ class StepSizeBound:
         near = NEAR_SHARE * max_ratio if self._steps > FIRST_STEPS else 0.0
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
+            self.large = 0
             self._shrinker.copy([])
             return
         expected = [
@@ -275,6 +313,7 @@ class StepSizeBound:
             for i, (ratio, parameter) in enumerate(zip(expected, self._parameters, strict=True))
             if not ratio < near and parameter.grad is not None
         ]
+        self.large = sum(expected[i] > self._large_ratio for i in chosen)
         # A warm-up may begin with a rate of zero, at which nothing moves.
         self._scales = [max_ratio / max(expected[i], max_ratio) for i in chosen]
         self._shrinker.copy(chosen)
@@ -303,8 +342,15 @@ class SampledBound:
     """Keeps the real update within the cap, whatever the optimizer; see :class:`UpdateForecast`."""
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[Tensor], *, on_device: bool
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        large_ratio: float = math.inf,
     ) -> None:
+        self.large: int | Tensor = 0
+        self._large_ratio = large_ratio
         self._optimizer = optimizer
         self._parameters = list(parameters)
         self._shrinker = UpdateShrinker(parameters, on_device=on_device)
@@ -352,6 +398,7 @@ class SampledBound:
     def after_step(self) -> int | Tensor:
         """Shrink what went beyond the cap; returns how many tensors did."""
         capped = self._shrinker.shrink(self._max_ratio)
+        self.large = self._shrinker.beyond(self._large_ratio)
         self._forecast.record(self._sampler.ratios())
         return capped
 

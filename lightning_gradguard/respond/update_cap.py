@@ -18,18 +18,19 @@ _MAD_TO_SCALE = 1.4826
 class UpdateCap:
     """Let no tensor move by more than a share of its own norm in one step.
 
-    With ``adaptive``, the share is tightened while it binds and the loss does not improve beyond
-    its noise, and loosened while it does. The reasons for the defaults, with the trials that led
-    to them, are in ``docs/default-response.md``.
+    With ``adaptive``, the share is tightened while updates are large and the loss does not improve
+    beyond its noise, and loosened otherwise. The reasons for the defaults, with the trials that
+    led to them, are in ``docs/default-response.md``.
 
     Args:
         max_ratio: The widest share. Default 0.1.
         start_ratio: The share at the start. Default 0.03.
         min_ratio: The tightest share. Default 0.1 / 30.
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
-        window: Steps between two looks at the loss. Default 25.
+        window: Steps between the first looks at the loss. Default 25; as improvement slows down,
+            the window grows with the run, to a sixteenth of it.
         tighten: Factor on the share when the loss does not improve. Default 0.6.
-        loosen: Factor on the share when it does. Default 1.25.
+        loosen: Factor on the share otherwise. Default 1.25.
         confidence: The improvement that counts, in standard errors. Default 2.
 
     Raises:
@@ -62,47 +63,65 @@ class UpdateCap:
         check_number("loosen", self.loosen, above=1.0)
         check_number("confidence", self.confidence, at_least=0.0)
 
+    @property
+    def large_ratio(self) -> float:
+        """What counts as a large update: half the widest share."""
+        return 0.5 * self.max_ratio
+
 
 class RatioSchedule:
-    """The cap at each step, from the losses and from how often it bound.
+    """The cap at each step, from the losses and from how many updates were large.
 
     Plain values in and out, so that every rank that sees the same losses holds the same cap. Only
     differences of losses against their own spread decide: scaling or shifting the loss changes
     nothing.
     """
 
+    # Of the tensors, over a window: an ordinary learning rate makes few updates large, and then
+    # what the loss does is not for the cap to answer, be it a plateau or noise.
+    _MANY = 0.5
+    # Windows stop growing here, which bounds the memory.
+    _LONGEST = 500
+    _SHARE_OF_RUN = 16
+
     def __init__(self, settings: UpdateCap) -> None:
         self.settings = settings
         self.ratio = settings.start_ratio if settings.adaptive else settings.max_ratio
         self._before: list[float] = []
         self._now: list[float] = []
-        self._bound = 0.0
+        self._large = 0.0
+        self._steps = 0
 
-    def advance(self, loss: float | None, capped_share: float) -> float:
+    def advance(self, loss: float | None, large_share: float) -> float:
         """Account for one step; returns the factor by which the cap changed (1.0 for none).
 
         Args:
             loss: Loss of the step, if known.
-            capped_share: Share of tensors that were held back, in [0, 1].
+            large_share: Share of tensors whose update would have been large, in [0, 1].
         """
         if not self.settings.adaptive or loss is None:
             return 1.0
         self._now.append(loss if math.isfinite(loss) else math.inf)
-        self._bound += capped_share
-        if len(self._now) < self.settings.window:
+        self._large += large_share
+        self._steps += 1
+        if len(self._now) < self._window:
             return 1.0
         old = self.ratio
         if self._before:
-            self.ratio = self._adapted()
-        self._before, self._now, self._bound = self._now, [], 0.0
+            self.ratio = self._adapted(self._large / len(self._now))
+        self._before, self._now, self._large = self._now, [], 0.0
         return self.ratio / old
 
-    def _adapted(self) -> float:
-        if _improved(self._before, self._now, self.settings.confidence):
-            return min(self.ratio * self.settings.loosen, self.settings.max_ratio)
-        if self._bound > 0.0:  # a cap that does not bind has no part in what goes wrong
-            return max(self.ratio * self.settings.tighten, self.settings.min_ratio)
-        return self.ratio
+    @property
+    def _window(self) -> int:
+        grown = min(self._steps // self._SHARE_OF_RUN, self._LONGEST)
+        return max(self.settings.window, grown)
+
+    def _adapted(self, large_share: float) -> float:
+        settings = self.settings
+        if large_share > self._MANY and not _improved(self._before, self._now, settings.confidence):
+            return max(self.ratio * settings.tighten, settings.min_ratio)
+        return min(self.ratio * settings.loosen, settings.max_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""
@@ -110,7 +129,8 @@ class RatioSchedule:
             "ratio": self.ratio,
             "before": list(self._before),
             "now": list(self._now),
-            "bound": self._bound,
+            "large": self._large,
+            "steps": self._steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,7 +138,8 @@ class RatioSchedule:
         self.ratio = float(state["ratio"])
         self._before = [float(loss) for loss in state["before"]]
         self._now = [float(loss) for loss in state["now"]]
-        self._bound = float(state["bound"])
+        self._large = float(state["large"])
+        self._steps = int(state["steps"])
 
 
 def _improved(before: list[float], now: list[float], confidence: float) -> bool:
