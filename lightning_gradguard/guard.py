@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class _Step:
     """A step under way."""
 
     outcome: Outcome
-    norms: GradNorms | None
+    norms: Callable[[], Mapping[str, float]]  # of every parameter
+    bound: UpdateBound | None  # whose signal is read with it
     on_device: tuple[Tensor, Tensor] | None = None  # coefficient; norm, loss, failed ranks, signal
 
     @property
@@ -218,7 +220,7 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(outcome, norms)
+        self._current = step = _Step(outcome, lambda: norms.parameters, self._bound)
         signal = self._bound.signal(norms) if self._bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, seen = act(
@@ -279,7 +281,9 @@ class GuardEngine:
 
     def _take_late(self, step: _Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
-        capped, large, coefficient, total, loss, failed, *self._late_signal = values
+        capped, large, coefficient, total, loss, failed, *signal = values
+        if step.bound is self._bound:  # else a group was added since
+            self._late_signal = signal
         if failed > 0:
             self._turn_off("the guard failed on another rank")
             return
@@ -289,8 +293,7 @@ class GuardEngine:
         self._take(step, outcome)
 
     def _take(self, step: _Step, outcome: Outcome) -> None:
-        norms = step.norms
-        self._pipeline.take(outcome, None if norms is None else lambda: norms.parameters)
+        self._pipeline.take(outcome, step.norms)
 
     def _abandon(self) -> None:
         """A step that was announced but never reached its update.
@@ -332,7 +335,7 @@ class GuardEngine:
         """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank."""
         value = self._no_loss if loss is None else loss
         value = value.detach().to(total) if isinstance(value, Tensor) else total.new_tensor(value)
-        return torch.stack([total, value, self._zero.to(total)])
+        return torch.stack([total, value.view(()), self._zero.to(total)])
 
     # -- failure and end -------------------------------------------------------------------------
 
@@ -360,6 +363,12 @@ class GuardEngine:
         self._rate.restore()
         self._controls.restore()
 
+    def fail(self) -> None:
+        """Take everything off because of an error around the engine, and tell the other ranks."""
+        if self.active:
+            self.abort()
+            self._agreement.fail(torch.stack([self._zero] * 3))
+
     def abort(self) -> None:
         """Take everything off the optimizer at once, whatever state the guard is in."""
         self.active = False
@@ -386,25 +395,33 @@ class GuardEngine:
             "pipeline": self._pipeline.state_dict(),
             "bound": self._bound.state_dict() if self._bound is not None else None,
             "late_signal": list(self._late_signal),
-            "late": [
-                {"outcome": step.outcome.to_dict(), "values": values}
-                for step, values in self._late.drain()
-            ],
+            "late": [self._late_to_dict(*entry) for entry in self._late.drain()],
+            "tensors": len(self._meter.names),
         }
+
+    def _late_to_dict(self, step: _Step, values: list[float]) -> dict[str, Any]:
+        # Where a norm that is not finite comes from will be asked.
+        norms = {} if all(map(math.isfinite, values)) else dict(step.norms())
+        return {"outcome": step.outcome.to_dict(), "values": values, "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self.step = int(state["step"])
         self._pipeline.load_state_dict(state["pipeline"])
+        same = state["tensors"] == len(self._meter.names)
+        bound = self._bound if same else None
         self._late.refill(
             [
-                (_Step(Outcome.from_dict(entry["outcome"]), None), list(entry["values"]))
+                (
+                    _Step(Outcome.from_dict(entry["outcome"]), partial(dict, entry["norms"]), bound),
+                    list(entry["values"]),
+                )
                 for entry in state["late"]
             ]
         )
-        self._late_signal = list(state["late_signal"])
-        if self._bound is not None and state["bound"] is not None:
-            self._bound.load_state_dict(state["bound"])
+        self._late_signal = list(state["late_signal"]) if same else []
+        if bound is not None and state["bound"] is not None:
+            bound.load_state_dict(state["bound"])
 
 
 def _parameter_count(optimizer: Optimizer) -> int:

@@ -126,8 +126,16 @@ class EngineCallback(Callback):
     # -- Lightning's hooks -----------------------------------------------------------------------
 
     @override
-    @contained
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
+        self._start(trainer, pl_module, log_dir)
+        # All ranks guard, or none does: the others would wait for the numbers of one that is off.
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(not self.broken):
+            self.give_up("on_train_start of another rank")
+            self._by_optimizer = {}
+
+    @contained
+    def _start(self, trainer: Trainer, pl_module: LightningModule, log_dir: str | None) -> None:
         # Fresh engines for each fit: Lightning makes new optimizers for each of them.
         self._close()
         self._engines, self._by_optimizer, self._final_state = [], {}, None
@@ -150,7 +158,6 @@ class EngineCallback(Callback):
                 type(self).__name__,
             )
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
-        log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
         for number, optimizer in enumerate(trainer.optimizers):
             label = f"optimizer{number}" if len(trainer.optimizers) > 1 else ""
             recorder = Recorder(label, silent=not trainer.is_global_zero)
@@ -178,13 +185,18 @@ class EngineCallback(Callback):
         self._losses.append(loss.detach())
 
     @override
-    @contained
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         engine = self._by_optimizer.get(id(optimizer))
         if engine is None:
             return
+        self._before_step(trainer, optimizer, engine)
+        if self.broken:
+            engine.before_step()  # does nothing but tell the other ranks, which may wait for us
+
+    @contained
+    def _before_step(self, trainer: Trainer, optimizer: Optimizer, engine: GuardEngine) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         engine.before_step(self._step_loss(scaler), scaler=scaler)
         if engine.dropping:
@@ -303,8 +315,10 @@ class EngineCallback(Callback):
             if engine.recorder.events is not None:
                 engine.recorder.events.close()
 
-    def give_up(self, where: str, error: Exception) -> None:
+    def give_up(self, where: str, error: Exception | None = None) -> None:
         """Report an internal error once, take everything off, and let training go on."""
+        if self.broken:
+            return
         self.broken = True
         logger.error(
             "%s is off because of an internal error in %s; training goes on without it.",
@@ -313,4 +327,4 @@ class EngineCallback(Callback):
             exc_info=error,
         )
         for engine in self._engines:
-            engine.abort()
+            engine.fail()

@@ -44,7 +44,11 @@ class EpochNorms:
         return values
 
     def _flush(self, label: str) -> None:
-        metric = self._metrics.setdefault(label, LogNormStatistics())
+        if label not in self._metrics:
+            self._metrics[label] = LogNormStatistics()
+            # Every rank has the same norms, and one whose guard is off would be waited for in vain.
+            self._metrics[label].sync_on_compute = False
+        metric = self._metrics[label]
         pending = self._pending[label]
         if pending:
             metric.update(torch.tensor(pending))
