@@ -25,6 +25,7 @@ from lightning_gradguard._validation import check_choice, check_type
 from lightning_gradguard.diagnose import Finding, Thresholds, default_detectors
 from lightning_gradguard.measure import GradNorms, NormMeter
 from lightning_gradguard.measure.readback import DelayedRead
+from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.pipeline import Outcome, Pipeline
 from lightning_gradguard.record import Recorder, StepRecord, format_report
 from lightning_gradguard.respond import (
@@ -111,6 +112,15 @@ class GuardEngine:
         check_type("model", model, nn.Module, "a torch.nn.Module")
         check_type("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         check_choice("mode", mode, ("protect", "observe"))
+        for name, value, kind in (
+            ("clip", clip, AdaptiveClip),
+            ("cap", cap, UpdateCap),
+            ("skip", skip, SkipBadSteps),
+            ("backoff", backoff, LearningRateBackoff),
+            ("thresholds", thresholds, Thresholds),
+            ("recorder", recorder, Recorder),
+        ):
+            check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(  # noqa: TRY004 - of the right type, but not one that can be guarded
                 "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
@@ -129,7 +139,11 @@ class GuardEngine:
         self._fused = runs_fused(optimizer)
         self._controls = FusedControls(optimizer)
         self._late: DelayedRead[_Step] = DelayedRead(DEVICE_DELAY)
-        self._agreement = Agreement(enabled=protecting, delay=DEVICE_DELAY if self._fused else 0)
+        groups = optimizer.param_groups
+        self._sharded = any(local_tensor(p) is not p for g in groups for p in g["params"])
+        self._agreement = Agreement(
+            enabled=protecting or self._sharded, delay=DEVICE_DELAY if self._fused else 0
+        )
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
         self._pipeline = Pipeline(ladder, default_detectors(thresholds), self.recorder)
         self._current: _Step | None = None
@@ -196,7 +210,21 @@ class GuardEngine:
             with self._containment():
                 self._before_step(loss, scaler)
         elif self._agreement.owes:
-            self._agreement.send_failure(torch.stack([self._zero] * 3))
+            with self._containment():
+                self._keep_company()
+        elif self._agreement.replicas_differ and not self._sharded:
+            with self._containment():
+                self._agreement.make_equal(self._optimizer)
+
+    def _keep_company(self) -> None:
+        """Take part in what the other ranks still do together, and tell them that this one is off.
+
+        Of sharded tensors, gradients and weights are measured by all ranks together.
+        """
+        norms = self._meter.measure() if self._sharded else None
+        self._agreement.send_failure(torch.stack([self._zero] * 3))
+        if norms is not None and self._bound is not None:
+            self._bound.signal(norms)
 
     def _before_step(
         self, loss: Tensor | float | None, scaler: torch.amp.GradScaler | None
@@ -236,6 +264,7 @@ class GuardEngine:
         total, loss, failed, *signal = values.tolist()
         coefficient = 1.0
         if failed > 0:
+            self._agreement.learn_of_failure()
             self._turn_off("the guard failed on another rank")
             return coefficient, signal
         # A scaler finds and drops steps that are not finite by itself.
@@ -285,6 +314,7 @@ class GuardEngine:
         if step.bound is self._bound:  # else a group was added since
             self._late_signal = signal
         if failed > 0:
+            self._agreement.learn_of_failure()
             self._turn_off("the guard failed on another rank")
             return
         outcome = step.outcome.seen(total, loss, coefficient)
@@ -413,7 +443,9 @@ class GuardEngine:
         self._late.refill(
             [
                 (
-                    _Step(Outcome.from_dict(entry["outcome"]), partial(dict, entry["norms"]), bound),
+                    _Step(
+                        Outcome.from_dict(entry["outcome"]), partial(dict, entry["norms"]), bound
+                    ),
                     list(entry["values"]),
                 )
                 for entry in state["late"]

@@ -77,6 +77,7 @@ class EngineCallback(Callback):
         self._losses: list[Tensor] = []
         self._epoch = EpochNorms()
         self._schedules = ScheduleHold()
+        self._leader: EngineCallback | None = None
         self._restored: dict[str, Any] | None = None
         self._final_state: dict[str, Any] | None = None
 
@@ -86,42 +87,52 @@ class EngineCallback(Callback):
     ) -> GuardEngine:
         """The engine that this callback runs."""
 
+    @property
+    @abstractmethod
+    def protects(self) -> bool:
+        """Whether this callback changes what a step does, and does not only watch."""
+
     # -- what happened ---------------------------------------------------------------------------
 
     @property
     def findings(self) -> list[Finding]:
         """Findings of the last fit, over all optimizers, in order of their steps."""
-        found = [finding for engine in self._engines for finding in engine.findings]
+        found = [finding for engine in self.engines for finding in engine.findings]
         return sorted(found, key=lambda finding: finding.step)
 
     @property
     def actions(self) -> list[Action]:
         """What was done in the last fit, over all optimizers, in order of steps."""
-        done = [action for engine in self._engines for action in engine.actions]
+        done = [action for engine in self.engines for action in engine.actions]
         return sorted(done, key=lambda action: action.step)
 
     @property
     def history(self) -> list[StepRecord]:
         """The last steps of the first optimizer as numbers; see :attr:`engines` for others."""
-        return self._engines[0].history if self._engines else []
+        engines = self.engines
+        return engines[0].history if engines else []
 
     @property
     def counts(self) -> dict[str, int]:
         """Running counts over all optimizers."""
         totals: dict[str, int] = {}
-        for engine in self._engines:
+        for engine in self.engines:
             for name, count in engine.counts.items():
                 totals[name] = totals.get(name, 0) + count
         return totals
 
     @property
     def engines(self) -> list[GuardEngine]:
-        """One per optimizer, in the Trainer's order; empty before the first fit."""
-        return list(self._engines)
+        """One per optimizer, in the Trainer's order; empty before the first fit.
+
+        Of several guards and monitors on one Trainer, all see the engines of one of them: gradients
+        are measured once, and in whatever order the callbacks are listed.
+        """
+        return list(self._engines) if self._leader is None else self._leader.engines
 
     def report(self) -> str:
         """Findings, remedies and actions of the last fit as text."""
-        return "\n".join(engine.report() for engine in self._engines)
+        return "\n".join(engine.report() for engine in self.engines)
 
     # -- Lightning's hooks -----------------------------------------------------------------------
 
@@ -140,6 +151,10 @@ class EngineCallback(Callback):
         self._close()
         self._engines, self._by_optimizer, self._final_state = [], {}, None
         self._losses.clear()
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set late
+        self._leader = self._leader_among(callbacks)
+        if self._leader is not None:
+            return
         self._epoch = EpochNorms()
         strategy = type(trainer.strategy).__name__
         if strategy in _NOT_SUPPORTED:
@@ -166,6 +181,12 @@ class EngineCallback(Callback):
             self._add_engine(pl_module, optimizer, recorder)
         self._restore()
 
+    def _leader_among(self, callbacks: list[Callback]) -> EngineCallback | None:
+        """The callback that runs the engines for all on this Trainer, unless it is this one."""
+        ours = [callback for callback in callbacks if isinstance(callback, EngineCallback)]
+        leader = next((callback for callback in ours if callback.protects), ours[0])
+        return None if leader is self else leader
+
     def _add_engine(self, model: LightningModule, optimizer: Optimizer, recorder: Recorder) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             logger.warning(
@@ -182,7 +203,8 @@ class EngineCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._losses.append(loss.detach())
+        if self._engines:
+            self._losses.append(loss.detach())
 
     @override
     def on_before_optimizer_step(
@@ -259,7 +281,7 @@ class EngineCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._final_state = self.state_dict()
         self._close()
-        if trainer.is_global_zero and (self.findings or self.actions):
+        if trainer.is_global_zero and not self._leader and (self.findings or self.actions):
             logger.warning("%s", self.report())
 
     @override

@@ -45,9 +45,8 @@ class EpochNorms:
 
     def _flush(self, label: str) -> None:
         if label not in self._metrics:
-            self._metrics[label] = LogNormStatistics()
             # Every rank has the same norms, and one whose guard is off would be waited for in vain.
-            self._metrics[label].sync_on_compute = False
+            self._metrics[label] = LogNormStatistics(sync_on_compute=False)
         metric = self._metrics[label]
         pending = self._pending[label]
         if pending:

@@ -93,3 +93,8 @@ class GradGuard(EngineCallback):
             thresholds=self.thresholds,
             recorder=recorder,
         )
+
+    @property
+    @override
+    def protects(self) -> bool:
+        return self.mode == "protect"

@@ -55,3 +55,8 @@ class GradientMonitor(EngineCallback):
         return GuardEngine(
             model, optimizer, mode="observe", thresholds=self.thresholds, recorder=recorder
         )
+
+    @property
+    @override
+    def protects(self) -> bool:
+        return False

@@ -133,10 +133,10 @@ def _spread(tensor: Tensor, samples: int) -> Tensor:
     flat = flat.permute(sorted(range(flat.dim()), key=flat.stride, reverse=True))
     if not flat.is_contiguous():
         return flat.new_empty(0)
-    stride = max(1, flat.numel() // samples)
+    stride = -(-flat.numel() // samples) or 1
     if stride > 2 and stride % 2 == 0:
-        stride -= 1  # an even stride would meet the same column of a power-of-two matrix each time
-    return flat.view(-1)[(stride - 1) // 2 :: stride][:samples]
+        stride += 1  # an even stride would meet the same column of a power-of-two matrix each time
+    return flat.view(-1)[(stride - 1) // 2 :: stride]
 
 
 class UpdateForecast:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from lightning_gradguard._validation import check_number
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -38,9 +40,14 @@ class History:
 
     Args:
         max_rows: Bound on memory. Default 10,000 rows, about 2 MB.
+
+    Raises:
+        TypeError: If ``max_rows`` is not an integer.
+        ValueError: If ``max_rows`` is not positive.
     """
 
     def __init__(self, max_rows: int = 10_000) -> None:
+        check_number("max_rows", max_rows, at_least=1, integer=True)
         self._rows: deque[StepRecord] = deque(maxlen=max_rows)
 
     def append(self, row: StepRecord) -> None:

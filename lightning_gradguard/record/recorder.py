@@ -66,10 +66,11 @@ class Recorder:
         """Record something the guard did."""
         _keep(self.actions, action)
         self._write("action", action.to_dict())
-        first = action.kind not in self._told
-        self._told.add(action.kind)
-        if first or action.kind not in _CONSOLE_ONCE:
-            more = " (told once; later ones are in the report)" if first else ""
+        if action.kind not in self._told:
+            more = ""
+            if action.kind in _CONSOLE_ONCE:
+                self._told.add(action.kind)
+                more = " (told once; later ones are in the report)"
             self._say(logging.WARNING, action.message + more)
 
     def _write(self, event: str, values: dict[str, object]) -> None:

@@ -14,6 +14,9 @@ class LogNormStatistics(Metric):
     are sums, so memory does not grow with the number of steps and ranks combine in one reduction.
     Norms that are zero or not finite have no logarithm: they are counted, not averaged.
 
+    Args:
+        sync_on_compute: Whether :meth:`compute` combines the ranks.
+
     Example:
         >>> import torch
         >>> statistics = LogNormStatistics()
@@ -32,8 +35,8 @@ class LogNormStatistics(Metric):
     count: Tensor
     left_out: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         zero = torch.tensor(0.0, dtype=torch.float64)
         for name in ("sum", "sum_of_squares", "count", "left_out"):
             self.add_state(name, default=zero.clone(), dist_reduce_fx="sum")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 class Agreement:
@@ -23,6 +26,13 @@ class Agreement:
         self._delay = delay
         self._awaited = False
         self._owed = 0
+        self._healthy = True
+        self._differs = False
+
+    @property
+    def replicas_differ(self) -> bool:
+        """Whether some ranks held a step to its bounds and others, whose guard failed, did not."""
+        return self._differs
 
     @property
     def owes(self) -> bool:
@@ -54,6 +64,7 @@ class Agreement:
         Args:
             head: (K,) any tensor of the shape, dtype and device that :meth:`reach` is given.
         """
+        self._healthy = False
         self._owed = self._delay + 1 if self._world_size > 1 else 0
         if self._awaited:
             self.send_failure(head)
@@ -61,8 +72,36 @@ class Agreement:
     def send_failure(self, head: Tensor) -> None:
         """Take part in one more step's collective, as a rank that has failed."""
         self._owed -= 1
+        self._differs = self._owed == 0
         self._awaited = False
         torch.distributed.all_reduce(torch.ones_like(head))
+
+    def learn_of_failure(self) -> None:
+        """Another rank's guard is off, and so is this one's from now on."""
+        self._differs = True
+
+    @torch.no_grad()
+    def make_equal(self, optimizer: Optimizer) -> None:
+        """Give all ranks the weights and the optimizer state of the lowest one that did not fail.
+
+        Every rank comes here at the same step, the first on which all guards are off.
+        """
+        self._differs = False
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        rank, failed = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        source = torch.tensor(rank if self._healthy else failed, device=parameters[0].device)
+        torch.distributed.all_reduce(source, torch.distributed.ReduceOp.MIN)
+        if source == failed:
+            return
+        parcel: list[Any] = [None]
+        if rank == source:
+            parcel = [([p.cpu() for p in parameters], optimizer.state_dict())]
+        torch.distributed.broadcast_object_list(parcel, src=int(source))
+        weights, state = parcel[0]
+        if rank != source:
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+            optimizer.load_state_dict(state)
 
 
 def _world_size() -> int:

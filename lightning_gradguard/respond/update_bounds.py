@@ -31,6 +31,11 @@ from lightning_gradguard.respond.cap_enforcement import UpdateShrinker, local_no
 REFRESH_EVERY = 16
 # A tensor is copied when its expected ratio reaches this share of the cap.
 NEAR_SHARE = 0.5
+# On the device the latest shares are unknown, and until the clip has a baseline nothing else bounds
+# what may have come since: gradients are scaled on each of these steps.
+UNCLIPPED_STEPS = 32
+# A momentum that has settled reaches the cap exactly; beyond it is what rounding does not explain.
+_SLACK = 1.01
 
 # In its first steps RAdam does not normalize yet, and RMSprop's average is still near zero: the
 # real step may be far beyond ``lr``, so every tensor is copied.
@@ -162,7 +167,9 @@ class GradientBound:
     """Keeps ‖g‖ ≤ (1 - momentum) · ``max_ratio`` · ‖W‖ / lr for SGD.
 
     The momentum buffer is a sum of past gradients with weights that add up to 1 / (1 - momentum),
-    so no update exceeds ``max_ratio`` · ‖W‖ (weight decay, which is small, aside).
+    so no update exceeds ``max_ratio`` · ‖W‖ (weight decay, which is small, aside). Gradients that
+    entered it when the rate was smaller or the cap wider may exceed it later: until they have
+    faded, the updates themselves are shrunk.
     """
 
     def __init__(
@@ -182,6 +189,10 @@ class GradientBound:
         self._sizes = _group_sizes(optimizer, parameters)
         self._shares_P = torch.zeros(0)
         self._held_back: int | Tensor = 0
+        self._momenta = [0.0] * len(self._sizes)  # bounds on ‖buffer‖ / ‖W‖ of each group
+        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
+        self._max_ratio = math.inf
+        self._steps = 0
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(G,) the largest ‖g‖ / ‖W‖ of each group."""
@@ -199,13 +210,21 @@ class GradientBound:
     ) -> None:
         """Scale down the gradients of the tensors that are over their bound."""
         self._held_back = self.large = 0
+        self._max_ratio = max_ratio
+        self._steps += 1
         groups = self._optimizer.param_groups
         limits = [_limit(group, max_ratio) for group in groups]
         large = [_limit(group, self._large_ratio) for group in groups]
+        self._copy_where_momentum_is_large(limits, seen or limits)
         # On the device the shares are some steps old: leave room for them to have grown.
         room = NEAR_SHARE if self._on_device else 1.0 / float(coefficient)
-        if seen and all(
-            peak <= room * min(pair) for peak, *pair in zip(seen, limits, large, strict=True)
+        early = self._on_device and self._steps <= UNCLIPPED_STEPS
+        if (
+            not early
+            and seen
+            and all(
+                peak <= room * min(pair) for peak, *pair in zip(seen, limits, large, strict=True)
+            )
         ):
             return
         shares_P = self._shares_P * coefficient
@@ -220,6 +239,22 @@ class GradientBound:
         self._scale(over, [scales[i] for i in over])
         self._held_back, self.large = len(over), int(sum(beyond))
 
+    def _copy_where_momentum_is_large(
+        self, limits: Sequence[float], peaks: Sequence[float]
+    ) -> None:
+        chosen: list[int] = []
+        start = 0
+        for number, group in enumerate(self._optimizer.param_groups):
+            # after scaling no gradient is beyond its limit; a peak of NaN belongs to a dropped step
+            newest = limits[number] if not peaks[number] < limits[number] else peaks[number]
+            newest = newest if math.isfinite(newest) else 0.0
+            self._momenta[number] = group["momentum"] * self._momenta[number] + newest
+            reach = float(group["lr"]) * self._momenta[number]
+            if group["momentum"] > 0.0 and reach > _SLACK * self._max_ratio:
+                chosen += range(start, start + self._sizes[number])
+            start += self._sizes[number]
+        self._shrinker.copy(chosen)
+
     def _spread(self, values: Sequence[float]) -> Tensor:
         """(P,) the value of each tensor's group."""
         pairs = zip(values, self._sizes, strict=True)
@@ -232,16 +267,27 @@ class GradientBound:
             torch._foreach_mul_([g for g, _ in pairs], [s for _, s in pairs])
 
     def after_step(self) -> int | Tensor:
-        """How many gradients were scaled down."""
-        return self._held_back
+        """How many tensors were held back, by their gradient or by their update."""
+        shrunk, held = self._shrinker.shrink(self._max_ratio), self._held_back
+        if not isinstance(shrunk, Tensor) and not isinstance(held, Tensor):
+            return max(shrunk, held)
+        both = [torch.as_tensor(n, device=self._shares_P.device) for n in (shrunk, held)]
+        return torch.maximum(*both)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues exactly."""
-        return {"weights": self._weights.state_dict()}
+        return {
+            "weights": self._weights.state_dict(),
+            "momenta": list(self._momenta),
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
         self._weights.load_state_dict(state["weights"])
+        if len(state["momenta"]) == len(self._momenta):
+            self._momenta = [float(bound) for bound in state["momenta"]]
+            self._steps = int(state["steps"])
 
 
 class StepSizeBound:

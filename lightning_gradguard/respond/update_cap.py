@@ -24,8 +24,8 @@ class UpdateCap:
 
     Args:
         max_ratio: The widest share. Default 0.1.
-        start_ratio: The share at the start. Default 0.03.
-        min_ratio: The tightest share. Default 0.1 / 30.
+        start_ratio: The share at the start. Default 0.3 · ``max_ratio``.
+        min_ratio: The tightest share. Default ``max_ratio`` / 30, or ``start_ratio`` if less.
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
@@ -45,8 +45,8 @@ class UpdateCap:
     """
 
     max_ratio: float = 0.1
-    start_ratio: float = 0.03
-    min_ratio: float = 0.1 / 30
+    start_ratio: float | None = None
+    min_ratio: float | None = None
     adaptive: bool = True
     window: int = 25
     tighten: float = 0.6
@@ -55,13 +55,27 @@ class UpdateCap:
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, above=0.0)
-        check_number("start_ratio", self.start_ratio, above=0.0, at_most=self.max_ratio)
-        check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.start_ratio)
+        if self.start_ratio is not None:
+            check_number("start_ratio", self.start_ratio, above=0.0, at_most=self.max_ratio)
+        if self.min_ratio is not None:
+            check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.first_ratio)
         check_type("adaptive", self.adaptive, bool, "True or False")
         check_number("window", self.window, at_least=2, integer=True)
         check_number("tighten", self.tighten, above=0.0, below=1.0)
         check_number("loosen", self.loosen, above=1.0)
         check_number("confidence", self.confidence, at_least=0.0)
+
+    @property
+    def first_ratio(self) -> float:
+        """``start_ratio``, filled in."""
+        return 0.3 * self.max_ratio if self.start_ratio is None else self.start_ratio
+
+    @property
+    def least_ratio(self) -> float:
+        """``min_ratio``, filled in."""
+        if self.min_ratio is None:
+            return min(self.max_ratio / 30, self.first_ratio)
+        return self.min_ratio
 
     @property
     def large_ratio(self) -> float:
@@ -86,7 +100,7 @@ class RatioSchedule:
 
     def __init__(self, settings: UpdateCap) -> None:
         self.settings = settings
-        self.ratio = settings.start_ratio if settings.adaptive else settings.max_ratio
+        self.ratio = settings.first_ratio if settings.adaptive else settings.max_ratio
         self._before: list[float] = []
         self._now: list[float] = []
         self._large = 0.0
@@ -120,7 +134,7 @@ class RatioSchedule:
     def _adapted(self, large_share: float) -> float:
         settings = self.settings
         if large_share > self._MANY and not _improved(self._before, self._now, settings.confidence):
-            return max(self.ratio * settings.tighten, settings.min_ratio)
+            return max(self.ratio * settings.tighten, settings.least_ratio)
         return min(self.ratio * settings.loosen, settings.max_ratio)
 
     def state_dict(self) -> dict[str, Any]:
