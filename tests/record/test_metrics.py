@@ -1,0 +1,71 @@
+"""Keys and values that every logger takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard.record import StepRecord
+from lightning_gradguard.record.metrics import (
+    count_metrics,
+    layer_metrics,
+    metric_key,
+    step_metrics,
+)
+
+ROW = StepRecord(7, 1.5, 4.0, 2.0, 0.5, 0.03, 3, False, 0.25)
+KEY = re.compile(r"[A-Za-z0-9_./]+\Z")
+LABEL = st.sampled_from(["", "optimizer0", "my optimizer!"])
+
+
+@given(parts=st.lists(st.text(), min_size=1))
+def test_keys_hold_only_allowed_characters(parts: list[str]) -> None:
+    key = metric_key(*parts)
+    assert KEY.match(key) or not any(parts)
+
+
+@given(layers=st.dictionaries(st.text(min_size=1), st.floats(), max_size=5), label=LABEL)
+def test_so_do_those_of_layers(layers: dict[str, float], label: str) -> None:
+    metrics = layer_metrics(layers, label)
+    assert all(KEY.match(key) for key in metrics)
+    assert all(key.startswith("grad_norm/") for key in metrics)
+    assert not set(metrics) & set(step_metrics(ROW, protecting=True, label=label))
+
+
+def test_what_a_step_logs() -> None:
+    assert step_metrics(ROW, protecting=False) == {"grad_norm/total": 4.0}
+    assert step_metrics(ROW, protecting=True) == {
+        "grad_norm/total": 4.0,
+        "grad_norm/total_clipped": 2.0,
+        "gradguard/clip_threshold": 2.0,
+        "gradguard/clip_coef": 0.5,
+        "gradguard/max_ratio": 0.03,
+        "gradguard/capped_tensors": 3.0,
+        "gradguard/lr_scale": 0.25,
+    }
+
+
+def test_every_value_is_a_float_even_if_it_is_not_finite() -> None:
+    row = replace(ROW, total_norm=math.nan, clip_threshold=math.inf, clip_coef=1.0)
+    assert all(type(value) is float for value in step_metrics(row, protecting=True).values())
+    counts = {"skipped_steps": 2, "findings": 1, "clipped_steps": 5, "capped_steps": 6}
+    assert all(type(value) is float for value in count_metrics(counts).values())
+
+
+@pytest.mark.parametrize("protecting", [True, False])
+def test_labels_keep_optimizers_apart(protecting: bool) -> None:
+    seen: set[str] = set()
+    for label in ("", "optimizer0", "optimizer1"):
+        keys = {
+            *step_metrics(ROW, protecting=protecting, label=label),
+            *count_metrics({"skipped_steps": 2, "findings": 1}, label),
+            *layer_metrics({"encoder": 1.0, "total": 2.0}, label),
+        }
+        assert not keys & seen
+        seen |= keys
+        assert all(label in key for key in keys)

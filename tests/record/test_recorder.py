@@ -1,0 +1,150 @@
+"""Everybody is told what happened, and nobody twice."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_gradguard.diagnose import Finding, Pathology, Remedy, Severity
+from lightning_gradguard.record import EventLog, Recorder, StepRecord, format_report, read_events
+from lightning_gradguard.respond import Action, ActionKind
+
+LEVELS = {
+    Severity.INFO: logging.INFO,
+    Severity.WARNING: logging.WARNING,
+    Severity.CRITICAL: logging.ERROR,
+}
+
+
+def finding(step: int = 0, severity: Severity = Severity.WARNING) -> Finding:
+    remedy = Remedy("Do this.", "code()")
+    return Finding(
+        Pathology.EXPLODING, severity, "layer", step, {"z": 9.0}, f"finding {step}", (remedy,)
+    )
+
+
+def action(step: int = 0, kind: ActionKind = ActionKind.SKIP) -> Action:
+    return Action(kind, step, f"{kind.value} at {step}", {"total_norm": float("nan")})
+
+
+def row(step: int) -> StepRecord:
+    return StepRecord(step, 1.0, 2.0, 3.0, 1.0, 0.1, 0, False, 1.0)
+
+
+@pytest.fixture
+def console(caplog: Any) -> Any:
+    with caplog.at_level(logging.DEBUG, logger="lightning_gradguard"):
+        yield caplog
+
+
+@pytest.mark.parametrize("severity", list(Severity))
+def test_a_finding_is_said_once_at_its_level(console: Any, severity: Severity) -> None:
+    Recorder().finding(finding(3, severity))
+    assert [(r.levelno, r.getMessage()) for r in console.records] == [
+        (LEVELS[severity], "finding 3")
+    ]
+
+
+def test_every_finding_is_said(console: Any) -> None:
+    recorder = Recorder("optimizer1")
+    for step in range(3):
+        recorder.finding(finding(step))
+    assert console.messages == [f"[optimizer1] finding {step}" for step in range(3)]
+
+
+@pytest.mark.parametrize("kind", [k for k in ActionKind if k is not ActionKind.STOP])
+def test_actions_of_a_kind_are_said_once(console: Any, kind: ActionKind) -> None:
+    recorder = Recorder()
+    for step in range(5):
+        recorder.action(action(step, kind))
+    (message,) = console.messages
+    assert message.startswith(f"{kind.value} at 0")
+    assert "told once" in message
+    assert [a.step for a in recorder.actions] == list(range(5))
+
+
+def test_a_stop_is_said_without_a_promise_of_more(console: Any) -> None:
+    recorder = Recorder()
+    recorder.action(action(0, ActionKind.SKIP))
+    recorder.action(action(7, ActionKind.STOP))
+    assert console.messages[1] == "stop at 7"
+
+
+def test_silent_says_and_writes_nothing_but_remembers(console: Any, tmp_path: Path) -> None:
+    recorder = Recorder(silent=True)
+    recorder.events = EventLog(tmp_path / "events.jsonl")
+    recorder.finding(finding())
+    recorder.action(action())
+    recorder.step(row(0))
+    assert console.messages == []
+    assert list(tmp_path.iterdir()) == []
+    assert (len(recorder.findings), len(recorder.actions), len(recorder.history)) == (1, 1, 1)
+
+
+def test_events_hold_everything(tmp_path: Path) -> None:
+    recorder = Recorder("optimizer0")
+    recorder.events = EventLog(tmp_path / "events.jsonl")
+    recorder.finding(finding(4))
+    for step in range(3):
+        recorder.action(action(step))
+    recorder.step(row(0))
+    recorder.events.close()
+    events = list(read_events(tmp_path / "events.jsonl"))
+    assert [(e["event"], e["step"]) for e in events] == [
+        ("finding", 4),
+        ("action", 0),
+        ("action", 1),
+        ("action", 2),
+    ]
+    assert {e["optimizer"] for e in events} == {"optimizer0"}
+    assert events[1]["numbers"] == {"total_norm": "nan"}
+    assert Finding.from_dict(events[0]) == finding(4)
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    recorder = Recorder(max_rows=50, silent=True)
+    for step in range(3000):
+        recorder.finding(finding(step))
+        recorder.action(action(step))
+        recorder.step(row(step))
+    assert [r.step for r in recorder.history] == list(range(2950, 3000))
+    assert recorder.last == row(2999)
+    for kept in (recorder.findings, recorder.actions):
+        steps = [item.step for item in kept]
+        assert len(steps) <= 1000
+        assert steps == sorted(steps)
+        assert steps[:100] == list(range(100)), "how it began is forgotten"
+        assert steps[-100:] == list(range(2900, 3000)), "how it ends is forgotten"
+
+
+def test_history_is_a_copy() -> None:
+    recorder = Recorder()
+    recorder.step(row(0))
+    recorder.history.clear()
+    assert recorder.history == [row(0)]
+
+
+def test_the_report_names_findings_remedies_and_actions() -> None:
+    actions = [action(s) for s in (5, 6, 7)] + [action(9, ActionKind.STOP)]
+    text = format_report([finding(4)], actions, {"skipped_steps": 3, "findings": 1}, "optimizer0")
+    for part in ("optimizer0", "finding 4", "Do this.", "code()", "3 skipped steps", "stop at 9"):
+        assert part in text
+    assert "5-7" in text
+    assert "skip at 6" not in text
+
+
+def test_the_report_stays_short() -> None:
+    findings = [finding(step) for step in range(500)]
+    kinds = (ActionKind.TIGHTEN, ActionKind.BACK_OFF)
+    actions = [action(step, kinds[step % 2]) for step in range(500)]
+    text = format_report(findings, actions, {"findings": 500})
+    assert len(text.splitlines()) < 80
+    assert "finding 0" in text
+    assert "at 499" in text
+
+
+def test_a_report_of_nothing() -> None:
+    assert "nothing found" in format_report([], [], {"findings": 0})

@@ -1,0 +1,98 @@
+"""What the schedule of the cap never does, whatever its rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gradguard.respond import UpdateCap
+from lightning_gradguard.respond.update_cap import RatioSchedule
+
+CAP = UpdateCap(window=4)
+LOSS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(-10, 10))
+STEPS = st.lists(st.tuples(LOSS, st.floats(0.0, 1.0)), max_size=120)
+# Halves of whole numbers: sums and differences are exact, and so are products with powers of two.
+EXACT = st.lists(
+    st.tuples(st.integers(-200, 200).map(lambda n: n / 2), st.floats(0.0, 1.0)), max_size=120
+)
+
+
+def ratios(steps: list[Any], cap: UpdateCap = CAP) -> list[float]:
+    schedule = RatioSchedule(cap)
+    result = []
+    for loss, share in steps:
+        before = schedule.ratio
+        change = schedule.advance(loss, share)
+        assert change == schedule.ratio / before
+        result.append(schedule.ratio)
+    return result
+
+
+@given(steps=STEPS)
+def test_it_stays_within_its_bounds(steps: list[Any]) -> None:
+    assert all(CAP.least_ratio <= ratio <= CAP.max_ratio for ratio in ratios(steps))
+
+
+@given(steps=STEPS)
+def test_it_never_tightens_while_nothing_binds(steps: list[Any]) -> None:
+    schedule = RatioSchedule(CAP)
+    for loss, _ in steps:
+        assert schedule.advance(loss, 0.0) >= 1.0
+
+
+@given(steps=EXACT, power=st.integers(-20, 20))
+def test_scaling_the_loss_changes_nothing(steps: list[Any], power: int) -> None:
+    assert ratios([(loss * 2.0**power, share) for loss, share in steps]) == ratios(steps)
+
+
+@given(steps=EXACT, shift=st.integers(-1000, 1000))
+def test_shifting_the_loss_changes_nothing(steps: list[Any], shift: int) -> None:
+    assert ratios([(loss + shift, share) for loss, share in steps]) == ratios(steps)
+
+
+@given(steps=STEPS)
+def test_a_cap_that_does_not_adapt(steps: list[Any]) -> None:
+    assert set(ratios(steps, replace(CAP, adaptive=False))) <= {CAP.max_ratio}
+
+
+@given(steps=STEPS)
+def test_unknown_losses_change_nothing(steps: list[Any]) -> None:
+    known = [(loss, share) for loss, share in steps if loss is not None]
+    assert ratios(known) == [
+        r for r, s in zip(ratios(steps), steps, strict=True) if s[0] is not None
+    ]
+
+
+@given(steps=STEPS, at=st.integers(0, 120))
+@settings(max_examples=20)
+def test_state_round_trip(steps: list[Any], at: int) -> None:
+    schedule, expected = RatioSchedule(CAP), ratios(steps)
+    for number, (loss, share) in enumerate(steps):
+        if number == at:
+            state = schedule.state_dict()
+            schedule = RatioSchedule(CAP)
+            schedule.load_state_dict(state)
+        schedule.advance(loss, share)
+        assert schedule.ratio == expected[number]
+
+
+def test_a_loss_that_gets_worse_under_a_cap_that_binds_tightens_it_to_the_end() -> None:
+    result = ratios([(float(step), 1.0) for step in range(400)])
+    assert result[-1] == CAP.least_ratio
+    assert result == sorted(result, reverse=True)
+
+
+def test_so_does_a_loss_that_is_not_finite() -> None:
+    for loss in (math.nan, math.inf):
+        assert ratios([(loss, 1.0)] * 400)[-1] == CAP.least_ratio
+
+
+def test_a_loss_that_falls_loosens_it_to_the_end() -> None:
+    result = ratios([(-float(step), 1.0) for step in range(400)])
+    assert result[-1] == CAP.max_ratio
+    assert result == sorted(result)
+    assert result[0] == CAP.first_ratio
