@@ -170,7 +170,7 @@ class GuardEngine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Running counts: skipped, clipped and capped steps, findings."""
+        """Running counts: steps; skipped, clipped and capped ones; findings."""
         return self._pipeline.counts
 
     @property

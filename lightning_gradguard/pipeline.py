@@ -76,7 +76,7 @@ class Pipeline:
         self.recorder = recorder
         self.tensors = 1
         self._detectors = detectors
-        self._counts = dict.fromkeys(("skipped_steps", "clipped_steps", "capped_steps"), 0)
+        self._counts = dict.fromkeys(("steps", "skipped_steps", "clipped_steps", "capped_steps"), 0)
 
     @property
     def plan(self) -> StepPlan:
@@ -85,7 +85,7 @@ class Pipeline:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Running counts: skipped, clipped and capped steps, findings."""
+        """Running counts: steps; skipped, clipped and capped ones; findings."""
         return {**self._counts, "findings": len(self.recorder.findings)}
 
     def take(
@@ -103,6 +103,7 @@ class Pipeline:
         if finite or not outcome.left_to_scaler:
             findings = self._diagnose(outcome, norms if not finite else None)
             self._respond(outcome, dropped, findings)
+        self._counts["steps"] += 1
         self._counts["skipped_steps"] += dropped
         self._counts["clipped_steps"] += 0.0 < outcome.coefficient < 1.0
         self._counts["capped_steps"] += outcome.capped > 0

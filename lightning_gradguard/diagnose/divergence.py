@@ -16,7 +16,7 @@ _DIVERGING = (
         "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * lr)",
     ),
     Remedy(
-        "Let the guard cap the updates and restore the last good weights.",
+        "Let the guard cap the updates, so that no step moves the weights too far.",
         "Trainer(callbacks=[GradGuard()])",
     ),
     Remedy(

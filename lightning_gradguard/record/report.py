@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.respond.actions import Action, ActionKind
@@ -38,32 +40,37 @@ def format_report(
 
 
 def _verdict(findings: Sequence[Finding], counts: dict[str, int]) -> str:
-    numbers = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items())
-    state = "nothing found" if not findings else f"{len(findings)} finding(s)"
-    return f"{state} ({numbers})"
+    state = "No finding" if not findings else f"{len(findings)} finding(s)"
+    done = [
+        f"{count} {name.removesuffix('_steps')}"
+        for name, count in counts.items()
+        if name.endswith("_steps") and count
+    ]
+    steps = f"{counts['steps']} steps" if "steps" in counts else "the run"
+    return f"{state} in {steps}; {', '.join(done) if done else 'no step was touched'}."
 
 
 def _action_lines(actions: Sequence[Action]) -> list[str]:
-    """Every action, but a run of skips as one line."""
+    """Every action, but a series of one kind as one line."""
     lines: list[str] = []
-    skips: list[Action] = []
-    for action in actions:
-        if action.kind is ActionKind.SKIP:
-            skips.append(action)
-            continue
-        lines += _skip_line(skips)
-        skips = []
-        lines.append(f"step {action.step}: {action.message}")
-    lines += _skip_line(skips)
+    for kind, series in groupby(actions, key=lambda action: action.kind):
+        members = list(series)
+        if len(members) == 1:
+            lines.append(f"step {members[0].step}: {members[0].message}")
+        else:
+            lines.append(_series_line(kind, members))
     if len(lines) > _MAX_LINES:
         left_out = len(lines) - _MAX_LINES
         lines = [*lines[: _MAX_LINES // 2], f"... {left_out} more ...", *lines[-_MAX_LINES // 2 :]]
     return lines
 
 
-def _skip_line(skips: Sequence[Action]) -> list[str]:
-    if not skips:
-        return []
-    if len(skips) == 1:
-        return [f"step {skips[0].step}: {skips[0].message}"]
-    return [f"steps {skips[0].step}-{skips[-1].step}: {len(skips)} steps skipped"]
+def _series_line(kind: ActionKind, actions: Sequence[Action]) -> str:
+    """What a series of actions of one kind amounted to; the last message tells why."""
+    where = f"steps {actions[0].step}-{actions[-1].step}"
+    if kind is ActionKind.SKIP:
+        return f"{where}: {len(actions)} steps skipped"
+    numbers = [next(iter(action.numbers.values()), math.nan) for action in actions]
+    values = ", ".join(f"{number:.3g}" for number in numbers)
+    name = next(iter(actions[-1].numbers), kind.value)
+    return f"{where}: {len(actions)} times, {name} {values}. Last: {actions[-1].message}"

@@ -29,7 +29,7 @@ class UpdateCap:
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
-        tighten: Factor on the share when the loss does not improve. Default 0.6.
+        tighten: Factor on the share when the loss does not improve. Default 0.8.
         loosen: Factor on the share otherwise. Default 1.25.
         confidence: The improvement that counts, in standard errors. Default 2.
 
@@ -49,7 +49,7 @@ class UpdateCap:
     min_ratio: float | None = None
     adaptive: bool = True
     window: int = 25
-    tighten: float = 0.6
+    tighten: float = 0.8
     loosen: float = 1.25
     confidence: float = 2.0
 

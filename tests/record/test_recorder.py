@@ -130,7 +130,7 @@ def test_history_is_a_copy() -> None:
 def test_the_report_names_findings_remedies_and_actions() -> None:
     actions = [action(s) for s in (5, 6, 7)] + [action(9, ActionKind.STOP)]
     text = format_report([finding(4)], actions, {"skipped_steps": 3, "findings": 1}, "optimizer0")
-    for part in ("optimizer0", "finding 4", "Do this.", "code()", "3 skipped steps", "stop at 9"):
+    for part in ("optimizer0", "finding 4", "Do this.", "code()", "3 skipped", "stop at 9"):
         assert part in text
     assert "5-7" in text
     assert "skip at 6" not in text
@@ -147,4 +147,4 @@ def test_the_report_stays_short() -> None:
 
 
 def test_a_report_of_nothing() -> None:
-    assert "nothing found" in format_report([], [], {"findings": 0})
+    assert "No finding" in format_report([], [], {"findings": 0})
