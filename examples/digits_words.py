@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_gradguard.record import action_lines
+
 if TYPE_CHECKING:
     from digits import Run
 
@@ -119,7 +121,12 @@ def print_story(runs: Sequence[Run]) -> None:
 
 def print_findings(run: Run) -> None:
     if not run.findings:
-        console.print("Nothing.")
+        console.print(
+            "Nothing. What is found so far is what gets worse; whether a run ever learns is not "
+            "yet asked."
+            if run.failed
+            else "Nothing."
+        )
     advised: set[str] = set()
     for finding in run.findings[:MAX_LINES]:
         console.print(f"step {finding.step}, {finding.severity.label}: {escape(finding.message)}")
@@ -138,9 +145,7 @@ def print_actions(run: Run) -> None:
     ):
         if steps:
             console.print(f"{what} in {len(steps)} steps, between {steps[0]} and {steps[-1]}")
-    for action in run.actions[:MAX_LINES]:
-        console.print(f"step {action.step}: {escape(action.message)}")
-    if len(run.actions) > MAX_LINES:
-        console.print(f"... and {len(run.actions) - MAX_LINES} more in events.jsonl")
+    for line in action_lines(run.actions):
+        console.print(escape(line))
     if not run.actions and not run.counts["clipped_steps"] + run.counts["capped_steps"]:
         console.print("Nothing: the run did not need it.")

@@ -35,7 +35,7 @@ def format_report(
         lines.append(f"  ... and {len(findings) - _MAX_LINES} more findings in the event log")
     if actions:
         lines.append("What the guard did:")
-        lines += [f"  {line}" for line in _action_lines(actions)]
+        lines += [f"  {line}" for line in action_lines(actions)]
     return "\n".join(lines)
 
 
@@ -50,8 +50,12 @@ def _verdict(findings: Sequence[Finding], counts: dict[str, int]) -> str:
     return f"{state} in {steps}; {', '.join(done) if done else 'no step was touched'}."
 
 
-def _action_lines(actions: Sequence[Action]) -> list[str]:
-    """Every action, but a series of one kind as one line."""
+def action_lines(actions: Sequence[Action]) -> list[str]:
+    """What was done and when, one line each, a series of one kind as one line.
+
+    Args:
+        actions: In the order in which they were taken.
+    """
     lines: list[str] = []
     for kind, series in groupby(actions, key=lambda action: action.kind):
         members = list(series)
