@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_gradguard._validation import check_number, check_type
 from lightning_gradguard.callbacks.epoch import EpochNorms
 from lightning_gradguard.callbacks.schedules import ScheduleHold
-from lightning_gradguard.diagnose import Finding
+from lightning_gradguard.diagnose import Finding, Severity
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record import EventLog, Recorder, StepRecord
 from lightning_gradguard.record.metrics import count_metrics, layer_metrics, step_metrics
@@ -281,7 +281,8 @@ class EngineCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._final_state = self.state_dict()
         self._close()
-        if trainer.is_global_zero and not self._leader and (self.findings or self.actions):
+        serious = [f for f in self.findings if f.severity >= Severity.WARNING]
+        if trainer.is_global_zero and not self._leader and (serious or self.actions):
             logger.warning("%s", self.report())
 
     @override

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from lightning_gradguard.diagnose import Finding
+from lightning_gradguard.diagnose import Finding, Severity
 from lightning_gradguard.respond.actions import Action, ActionKind
 
 _MAX_LINES = 20
@@ -30,7 +30,8 @@ def format_report(
     lines = [title, _verdict(findings, counts)]
     for finding in findings[:_MAX_LINES]:
         lines.append(f"  step {finding.step}: {finding.severity.label}: {finding.message}")
-        lines += [f"    -> {remedy.sentence} `{remedy.code}`" for remedy in finding.remedies]
+        if finding.severity >= Severity.WARNING:  # what is harmless needs no remedy
+            lines += [f"    -> {remedy.sentence} `{remedy.code}`" for remedy in finding.remedies]
     if len(findings) > _MAX_LINES:
         lines.append(f"  ... and {len(findings) - _MAX_LINES} more findings in the event log")
     if actions:
