@@ -15,13 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gradguard.guard import DEVICE_DELAY
-from lightning_gradguard.respond.update_bounds import (
-    NEAR_SHARE,
-    REFRESH_EVERY,
-    GradientBound,
-    SampledBound,
-    StepSizeBound,
-)
+from lightning_gradguard.respond.update_bounds import GradientBound, SampledBound, StepSizeBound
+from lightning_gradguard.respond.weight_norms import NEAR_SHARE, REFRESH_EVERY
 from tests.respond.optimizers import (
     ALL,
     NORMALIZING,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.respond.update_bounds import REFRESH_EVERY
+from lightning_gradguard.respond.weight_norms import REFRESH_EVERY
 from tests.models import assert_same_bits
 from tests.respond.optimizers import (
     ALL,

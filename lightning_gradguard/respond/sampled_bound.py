@@ -1,0 +1,90 @@
+"""The cap for any optimizer: sample the last updates, and copy what may come near.
+
+Shape legend: ``P`` parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.measure import GradNorms
+from lightning_gradguard.measure.updates import UpdateForecast, UpdateSampler
+from lightning_gradguard.respond.cap_enforcement import UpdateShrinker
+from lightning_gradguard.respond.weight_norms import NEAR_SHARE, REFRESH_EVERY
+
+
+class SampledBound:
+    """Keeps the real update within the cap, whatever the optimizer; see :class:`UpdateForecast`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        large_ratio: float = math.inf,
+    ) -> None:
+        self.large: int | Tensor = 0
+        self._large_ratio = large_ratio
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
+        self._sampler = UpdateSampler(parameters)
+        self._forecast = UpdateForecast()
+        self._max_ratio = math.inf
+        self._rates: list[float] = []
+        self._steps = 0
+
+    def signal(self, norms: GradNorms) -> Tensor | None:
+        """(P,) the expected updates at the last learning rate."""
+        self._steps += 1
+        if self._steps % REFRESH_EVERY == 0 and self._sampler.stale():
+            self._sampler = UpdateSampler(self._parameters)
+        return self._forecast.ratios(norms.values)
+
+    def before_step(
+        self, max_ratio: float, coefficient: float | Tensor, seen: Sequence[float]
+    ) -> None:
+        """Copy the tensors that may come near the cap; all of them where nothing is known."""
+        self._max_ratio = max_ratio
+        growth = self._rate_growth()
+        near = NEAR_SHARE * max_ratio
+        if seen:
+            self._shrinker.copy([i for i, ratio in enumerate(seen) if not growth * ratio < near])
+        else:
+            self._shrinker.copy(list(range(len(self._parameters))))
+
+    def _rate_growth(self) -> float:
+        """The largest factor by which a group's learning rate grew since the last step.
+
+        Never below 1: what was sampled may be an update that was shrunk, and says nothing of how
+        large the next one is at a smaller rate.
+        """
+        rates = [float(group.get("lr", 1.0)) for group in self._optimizer.param_groups]
+        before, self._rates = self._rates, rates
+        if len(before) != len(rates):
+            return math.inf
+        growth = [
+            now / old if old > 0.0 else (math.inf if now > 0.0 else 1.0)
+            for now, old in zip(rates, before, strict=True)
+        ]
+        return max(1.0, *growth)
+
+    def after_step(self) -> int | Tensor:
+        """Shrink what went beyond the cap; returns how many tensors did."""
+        capped = self._shrinker.shrink(self._max_ratio)
+        self.large = self._shrinker.beyond(self._large_ratio)
+        self._forecast.record(self._sampler.ratios())
+        return capped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: after a resume every tensor is copied once, with the same result."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Start afresh."""

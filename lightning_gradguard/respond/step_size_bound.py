@@ -1,0 +1,115 @@
+"""The cap for Adam and its relatives: bound the step that the learning rate allows.
+
+Shape legend: ``P`` parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.measure import GradNorms
+from lightning_gradguard.respond.cap_enforcement import UpdateShrinker, real_numel
+from lightning_gradguard.respond.weight_norms import NEAR_SHARE, WeightNorms, group_numbers
+
+# In its first steps RAdam does not normalize yet, and RMSprop's average is still near zero: the
+# real step may be far beyond ``lr``, so every tensor is copied.
+FIRST_STEPS = 8
+
+
+class StepSizeBound:
+    """Keeps lr·√numel ≤ ``max_ratio`` · ‖W‖ for Adam and its relatives, and the real update too.
+
+    The tensors for which the step would be larger have their update scaled by the same factor at
+    every step, as if their learning rate were smaller. So the bound does not depend on how well
+    the gradients of the moment agree.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        large_ratio: float = math.inf,
+    ) -> None:
+        self.large: int | Tensor = 0
+        self._large_ratio = large_ratio
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+        self._weights = WeightNorms(parameters)
+        self._group_of = group_numbers(optimizer, parameters)
+        self._roots = [math.sqrt(real_numel(p)) for p in parameters]
+        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
+        self._norms: list[float] = []
+        self._potentials: list[float] = []  # expected ratio per unit of learning rate
+        self._peaks: list[float] = []
+        self._max_ratio = math.inf
+        self._scales: list[float] = []
+        self._steps = 0
+
+    def signal(self, norms: GradNorms) -> Tensor | None:
+        """(P,) the norms of the weights, on the steps on which they were measured."""
+        due = self._weights.refresh()
+        if not self._norms and self._weights.norms_P is not None:
+            self._learn(self._weights.norms_P.tolist())  # the first step must know them at once
+        return self._weights.norms_P if due else None
+
+    def _learn(self, norms: Sequence[float]) -> None:
+        self._norms = list(norms)
+        self._potentials = [root / norm for root, norm in zip(self._roots, norms, strict=True)]
+        groups: list[list[float]] = [[0.0] for _ in self._optimizer.param_groups]
+        for group, potential in zip(self._group_of, self._potentials, strict=True):
+            groups[group].append(potential)
+        self._peaks = [max(potentials) for potentials in groups]
+
+    def before_step(
+        self, max_ratio: float, coefficient: float | Tensor, seen: Sequence[float]
+    ) -> None:
+        """Copy the tensors whose step is large."""
+        if seen:
+            self._learn(seen)
+        self._max_ratio = max_ratio
+        self._steps += 1
+        near = NEAR_SHARE * max_ratio if self._steps > FIRST_STEPS else 0.0
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
+            self.large = 0
+            self._shrinker.copy([])
+            return
+        expected = [
+            rates[group] * potential
+            for group, potential in zip(self._group_of, self._potentials, strict=True)
+        ]
+        chosen = [
+            i
+            for i, (ratio, parameter) in enumerate(zip(expected, self._parameters, strict=True))
+            if not ratio < near and parameter.grad is not None
+        ]
+        self.large = sum(expected[i] > self._large_ratio for i in chosen)
+        # A warm-up may begin with a rate of zero, at which nothing moves.
+        self._scales = [max_ratio / max(expected[i], max_ratio) for i in chosen]
+        self._shrinker.copy(chosen)
+
+    def after_step(self) -> int | Tensor:
+        """Scale the large updates down; returns how many there were."""
+        return self._shrinker.shrink(self._max_ratio, self._scales)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values from which :meth:`load_state_dict` continues exactly."""
+        return {
+            "weights": self._weights.state_dict(),
+            "norms": list(self._norms),
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._weights.load_state_dict(state["weights"])
+        if len(state["norms"]) == len(self._roots):
+            self._learn(state["norms"])
+            self._steps = int(state["steps"])
