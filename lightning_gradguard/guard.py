@@ -234,10 +234,10 @@ class GuardEngine:
         if _parameter_count(self._optimizer) != len(self._watched):
             self._watch_parameters()
         norms = self._meter.measure()
-        total = norms.total
         if scaler is not None and self._fused:  # its gradients are unscaled inside the kernel
-            total = total / scaler.get_scale()
-        head = self._agreement.reach(self._head(total, loss))
+            scale = scaler.get_scale()
+            norms = replace(norms, values=norms.values / scale, total=norms.total / scale)
+        head = self._agreement.reach(self._head(norms.total, loss))
         if not any(norms.present):
             return
         self.last_norms = norms
@@ -270,7 +270,10 @@ class GuardEngine:
         # A scaler finds and drops steps that are not finite by itself.
         theirs = step.outcome.left_to_scaler and not math.isfinite(total)
         if self._pipeline.ladder is not None and not theirs:
-            coefficient = apply_on_host(step.outcome.plan, total, self._meter.parameters)
+            plan = step.outcome.plan
+            if self._fused:  # its scaler has yet to look at the gradients, and they must be there
+                plan = replace(plan, may_skip=False)
+            coefficient = apply_on_host(plan, total, self._meter.parameters)
         step.outcome = step.outcome.seen(total, loss, coefficient)
         return coefficient, signal
 
@@ -301,10 +304,15 @@ class GuardEngine:
                 step.outcome = replace(step.outcome, capped=capped, large=large)
             capped = large = self._zero
         if step.on_device is None:
+            if capped is not self._zero:
+                step.outcome = replace(step.outcome, capped=int(capped), large=int(large))
             self._take(step, step.outcome)
             return
         like = step.on_device[1]
-        counts = [torch.as_tensor(count).view(1).to(like) for count in (capped, large)]
+        counts = [
+            n.view(1).to(like) if isinstance(n, Tensor) else like.new_full((1,), n)
+            for n in (capped, large)
+        ]
         for late, values in self._late.push(step, torch.cat([*counts, *step.on_device])):
             self._take_late(late, values)
 
@@ -352,7 +360,12 @@ class GuardEngine:
         self._no_loss = torch.full((), math.nan, device=device)
         self._pipeline.tensors = len(parameters)
         self._bound: UpdateBound | None = None
-        if self._cap is not None and parameters:
+        one_device = len({parameter.device for parameter in parameters}) == 1
+        if self._cap is not None and parameters and not one_device:
+            logger.warning(
+                "GradGuard leaves out the cap on updates: parameters are on several devices."
+            )
+        if self._cap is not None and one_device:
             self._bound = make_bound(
                 self._optimizer,
                 parameters,
@@ -362,10 +375,14 @@ class GuardEngine:
         self._late_signal = []
 
     def _head(self, total: Tensor, loss: Tensor | float | None) -> Tensor:
-        """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank."""
+        """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank.
+
+        In float32 whatever the model is in, so that a rank that has failed knows what to send.
+        """
+        zero = self._zero
         value = self._no_loss if loss is None else loss
-        value = value.detach().to(total) if isinstance(value, Tensor) else total.new_tensor(value)
-        return torch.stack([total, value.view(()), self._zero.to(total)])
+        value = value.detach().to(zero) if isinstance(value, Tensor) else zero.new_tensor(value)
+        return torch.stack([total.to(zero), value.view(()), zero])
 
     # -- failure and end -------------------------------------------------------------------------
 
@@ -405,6 +422,8 @@ class GuardEngine:
         self._current = None
         self._release()
         self._hook.remove()
+        if not self._sharded:
+            self._bound = None  # it may hold copies of weights, which the run may need room for
 
     def close(self) -> None:
         """Take everything off the optimizer; the engine can still be asked what happened."""

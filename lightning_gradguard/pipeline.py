@@ -76,7 +76,9 @@ class Pipeline:
         self.recorder = recorder
         self.tensors = 1
         self._detectors = detectors
-        self._counts = dict.fromkeys(("steps", "skipped_steps", "clipped_steps", "capped_steps"), 0)
+        self._counts = dict.fromkeys(
+            ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings"), 0
+        )
 
     @property
     def plan(self) -> StepPlan:
@@ -86,7 +88,7 @@ class Pipeline:
     @property
     def counts(self) -> dict[str, int]:
         """Running counts: steps; skipped, clipped and capped ones; findings."""
-        return {**self._counts, "findings": len(self.recorder.findings)}
+        return dict(self._counts)
 
     def take(
         self, outcome: Outcome, norms: Callable[[], Mapping[str, float]] | None = None
@@ -131,6 +133,7 @@ class Pipeline:
             norms=norms() if norms else None,
         )
         findings = [f for detector in self._detectors for f in detector.observe(observation)]
+        self._counts["findings"] += len(findings)
         for finding in findings:
             self.recorder.finding(finding)
         return findings

@@ -78,6 +78,7 @@ class EngineCallback(Callback):
         self._epoch = EpochNorms()
         self._schedules = ScheduleHold()
         self._leader: EngineCallback | None = None
+        self._in_step = False
         self._restored: dict[str, Any] | None = None
         self._final_state: dict[str, Any] | None = None
 
@@ -213,14 +214,17 @@ class EngineCallback(Callback):
         engine = self._by_optimizer.get(id(optimizer))
         if engine is None:
             return
+        self._in_step = False
         self._before_step(trainer, optimizer, engine)
-        if self.broken:
+        if self.broken and not self._in_step:
             engine.before_step()  # does nothing but tell the other ranks, which may wait for us
 
     @contained
     def _before_step(self, trainer: Trainer, optimizer: Optimizer, engine: GuardEngine) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        engine.before_step(self._step_loss(scaler), scaler=scaler)
+        loss = self._step_loss(scaler)
+        self._in_step = True
+        engine.before_step(loss, scaler=scaler)
         if engine.dropping:
             self._schedules.hold(trainer, optimizer)
         if engine.should_stop:

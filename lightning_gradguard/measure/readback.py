@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from lightning_gradguard._validation import check_number
 Tag = TypeVar("Tag")
 
 
-class _Pending(NamedTuple, Generic[Tag]):
+@dataclass(frozen=True)
+class _Pending(Generic[Tag]):
     tag: Tag
     host: Tensor
     arrived: torch.cuda.Event | None

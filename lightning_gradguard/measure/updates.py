@@ -13,16 +13,10 @@ from torch import Tensor
 from lightning_gradguard._validation import check_number
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
 
-# A tensor is never taken to be smaller than this root mean square, or one that starts at zero could
-# not move. A vector (a bias, a norm's shift) acts on activations of about 1, so its own norm says
-# little about how far it may move; a matrix that starts at zero (LoRA's ``B``) has to grow.
-VECTOR_FLOOR = 0.1
-MATRIX_FLOOR = 0.1
-
-
-def rms_floor(tensor: Tensor) -> float:
-    """The least root mean square that ``tensor`` is taken to have when its update is judged."""
-    return VECTOR_FLOOR if tensor.dim() < 2 else MATRIX_FLOOR
+# A tensor is never taken to have a smaller root mean square than this when its update is judged: a
+# bias that starts at zero acts on activations of about 1, so its own norm says little about how far
+# it may move, and a matrix that starts at zero (LoRA's ``B``) has to grow.
+RMS_FLOOR = 0.1
 
 
 class UpdateSampler:
@@ -65,12 +59,9 @@ class UpdateSampler:
         self._uniform = len({t.device for t in self._locals}) <= 1
         self._equal_count = counts[0] if len(set(counts)) == 1 and counts[0] > 0 else None
         self._lengths = torch.tensor(counts, device=self._device)
-        floors = [n * rms_floor(p) ** 2 for n, p in zip(counts, self._parameters, strict=True)]
+        floors = [count * RMS_FLOOR**2 for count in counts]
         self._floors = torch.tensor(floors, device=self._device)
         self._previous: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self._parameters)
 
     def stale(self) -> bool:
         """Whether a tensor was moved to other storage, so that the sample no longer follows it."""
@@ -78,10 +69,6 @@ class UpdateSampler:
             local_tensor(p).data_ptr() != pointer
             for p, pointer in zip(self._parameters, self._pointers, strict=True)
         )
-
-    def forget(self) -> None:
-        """Drop the last sample: the next call of :meth:`ratios` returns ``None``."""
-        self._previous = None
 
     @torch.no_grad()
     def ratios(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gradguard.measure.norms import norm_each
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 
 
 def real_numel(tensor: Tensor) -> int:
@@ -58,6 +58,8 @@ class UpdateShrinker:
         self._copies: list[Tensor] = []
         self._floors_N = torch.zeros(0)
         self._ratios_N = torch.zeros(0)
+        self._given: list[float] = []
+        self._given_N = torch.zeros(0)
         self._reducer = ShardReducer([])
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class UpdateShrinker:
             self._chosen = chosen
             self._copies = [torch.empty_like(t) for t in tensors]
             self._reducer = ShardReducer([self._parameters[i] for i in chosen])
-            floors = [real_numel(t) * rms_floor(t) ** 2 for t in tensors]
+            floors = [real_numel(t) * RMS_FLOOR**2 for t in tensors]
             self._floors_N = torch.tensor(floors, device=tensors[0].device if tensors else None)
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
@@ -90,8 +92,10 @@ class UpdateShrinker:
         self._ratios_N = self._ratios(tensors)
         excess_N = (self._ratios_N / max_ratio).clamp_(min=1.0)
         if scales is not None:
-            given_N = torch.tensor([1.0 / s for s in scales], device=excess_N.device)
-            excess_N = torch.maximum(excess_N, given_N)
+            if list(scales) != self._given:  # lists become tensors by a copy that waits
+                self._given = list(scales)
+                self._given_N = torch.tensor([1.0 / s for s in scales], device=excess_N.device)
+            excess_N = torch.maximum(excess_N, self._given_N)
         if self._on_device:
             # lerp with weight 1 returns its end exactly: a tensor within the cap keeps its bits
             torch._foreach_lerp_(self._copies, tensors, list(excess_N.reciprocal().unbind()))

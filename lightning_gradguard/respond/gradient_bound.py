@@ -119,8 +119,10 @@ class GradientBound:
 
     def _spread(self, values: Sequence[float]) -> Tensor:
         """(P,) the value of each tensor's group."""
+        if len(self._sizes) == 1:
+            return torch.full_like(self._shares_P, values[0])
         pairs = zip(values, self._sizes, strict=True)
-        return self._shares_P.new_tensor([value for value, size in pairs for _ in range(size)])
+        return torch.cat([self._shares_P.new_full((size,), value) for value, size in pairs])
 
     def _scale(self, numbers: Sequence[int], scales: Sequence[Any]) -> None:
         gradients = [(self._parameters[i].grad, s) for i, s in zip(numbers, scales, strict=True)]

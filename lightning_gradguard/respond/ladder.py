@@ -177,17 +177,20 @@ class Ladder:
         """Plain values from which :meth:`load_state_dict` continues."""
         return {
             "baseline": self.baseline.state_dict(),
-            "should_stop": self.should_stop,
             **{name: part.state_dict() for name, part in self._parts()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; a rung that was off when it was saved starts afresh."""
+        """Continue from a saved state; a rung that was off when it was saved starts afresh.
+
+        A run that was stopped and is resumed all the same has its budget of skips again.
+        """
         self.baseline.load_state_dict(state["baseline"])
-        self.should_stop = bool(state["should_stop"])
         for name, part in self._parts():
             if name in state:
                 part.load_state_dict(state[name])
+        if self.budget is not None and self.budget.spent:
+            self.budget.consecutive = 0
 
     def _parts(self) -> list[tuple[str, SkipBudget | RatioSchedule | LearningRateScale]]:
         parts = {"budget": self.budget, "schedule": self.schedule, "rate": self.rate}

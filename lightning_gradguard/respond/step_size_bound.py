@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -16,9 +17,10 @@ from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.respond.cap_enforcement import UpdateShrinker, real_numel
 from lightning_gradguard.respond.weight_norms import NEAR_SHARE, WeightNorms, group_numbers
 
-# In its first steps RAdam does not normalize yet, and RMSprop's average is still near zero: the
-# real step may be far beyond ``lr``, so every tensor is copied.
+# In its first steps RAdam does not normalize yet, NAdam's momentum is ahead of itself and RMSprop's
+# average is still near zero: the real step may be far beyond ``lr``, so every tensor is copied.
 FIRST_STEPS = 8
+_LATE_TO_NORMALIZE = (torch.optim.RAdam, torch.optim.NAdam, torch.optim.RMSprop)
 
 
 class StepSizeBound:
@@ -75,7 +77,8 @@ class StepSizeBound:
             self._learn(seen)
         self._max_ratio = max_ratio
         self._steps += 1
-        near = NEAR_SHARE * max_ratio if self._steps > FIRST_STEPS else 0.0
+        early = self._steps <= FIRST_STEPS and isinstance(self._optimizer, _LATE_TO_NORMALIZE)
+        near = 0.0 if early else NEAR_SHARE * max_ratio
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
             self.large = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond.cap_enforcement import local_norms
 
 # Weight norms change by at most the cap in a step, so they are measured this rarely.
@@ -30,6 +30,7 @@ class WeightNorms:
         self._reducer = ShardReducer(self._parameters)
         self._age = 0
         self.norms_P: Tensor | None = None
+        self._floors_P: Tensor | None = None
 
     @torch.no_grad()
     def refresh(self) -> bool:
@@ -40,13 +41,9 @@ class WeightNorms:
             tensors = [local_tensor(p).detach() for p in self._parameters]
             tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
             norms_P = local_norms(tensors)
-            floors_P = norms_P.new_tensor(
-                [
-                    t.numel() * rms_floor(p) ** 2
-                    for t, p in zip(tensors, self._parameters, strict=True)
-                ]
-            )
-            squares_2P = self._reducer.sum(torch.stack([norms_P.square(), floors_P]))
+            if self._floors_P is None:  # once: lists become tensors by a copy that waits
+                self._floors_P = norms_P.new_tensor([t.numel() * RMS_FLOOR**2 for t in tensors])
+            squares_2P = self._reducer.sum(torch.stack([norms_P.square(), self._floors_P]))
             least = torch.finfo(squares_2P.dtype).tiny  # for a tensor without elements
             self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).clamp_(min=least).sqrt_()
         return due

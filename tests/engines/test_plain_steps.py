@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_gradguard import GradGuard, Pathology
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond import (
     ActionKind,
     AdaptiveClip,
@@ -164,7 +164,7 @@ class UpdateRatios(Callback):
 
 
 def floor_of(tensor: torch.Tensor) -> float:
-    return rms_floor(tensor) * math.sqrt(tensor.numel())
+    return RMS_FLOOR * math.sqrt(tensor.numel())
 
 
 @OPTIMIZERS

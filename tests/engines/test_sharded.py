@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lightning_gradguard import GradGuard, GradientMonitor
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond import AdaptiveClip, SkipBadSteps
 from tests.engines.test_ddp import RANKS, Messages, both_ranks, column, part_of, poison_last_half
 from tests.engines.test_failures import FailingGuard
@@ -54,7 +54,7 @@ class Sharded(Regression):
         self.largest = getattr(self, "largest", [])
         self.largest.append(
             max(
-                (new - old).norm() / max(old.norm(), rms_floor(old) * math.sqrt(old.numel()))
+                (new - old).norm() / max(old.norm(), RMS_FLOOR * math.sqrt(old.numel()))
                 for new, old in zip(self.whole().values(), self.before.values(), strict=True)
             ).item()
         )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.guard import DEVICE_DELAY
 from lightning_gradguard.measure import NormMeter
 from lightning_gradguard.measure.readback import DelayedRead
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
 
 Make = Callable[[Iterable[Any]], Optimizer]
@@ -109,7 +109,7 @@ def relative_changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[
     ratios = []
     for old, new in zip(before, after, strict=True):
         change = (new.detach().to(wide) - old.to(wide)).norm().item()
-        floor = rms_floor(old) * math.sqrt(old.numel())
+        floor = RMS_FLOOR * math.sqrt(old.numel())
         ratios.append(change / max(old.to(wide).norm().item(), floor))
     return ratios
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.measure.updates import rms_floor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond.cap_enforcement import UpdateShrinker
 
 DEVICE = pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
@@ -70,7 +70,7 @@ def test_a_tensor_at_zero_may_move_by_a_share_of_the_floor(
     shrinker.copy([0])
     weight += 1.0
     assert shrinker.shrink(0.5) == 1
-    limit = 0.5 * rms_floor(weight) * math.sqrt(weight.numel())
+    limit = 0.5 * RMS_FLOOR * math.sqrt(weight.numel())
     assert weight.norm().item() == pytest.approx(limit)
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
@@ -83,9 +83,21 @@ def test_it_decides_from_nothing_else(steps: list[dict[str, Any]]) -> None:
 def test_state_round_trip(steps: list[dict[str, Any]], at: int) -> None:
     first, second = Ladder(SETTINGS), Ladder(SETTINGS)
     seen = feed(first, steps[:at])
+    assume(not first.should_stop)
     second.load_state_dict(first.state_dict())
     seen += feed(second, steps[at:], first=at)
     assert repr(seen) == repr(feed(Ladder(SETTINGS), steps))
+
+
+def test_a_stopped_run_that_is_resumed_has_its_budget_again() -> None:
+    bad = {"total_norm": math.nan, "loss": None, "large_share": 0.0, "findings": []}
+    stopped, resumed = Ladder(SETTINGS), Ladder(SETTINGS)
+    feed(stopped, [bad] * 60)
+    assert stopped.should_stop
+    resumed.load_state_dict(stopped.state_dict())
+    assert not resumed.should_stop
+    feed(resumed, [bad])
+    assert not resumed.should_stop
 
 
 @given(steps=STEPS)
