@@ -76,7 +76,12 @@ class OperationCounter(TorchDispatchMode):
     def patched(self) -> ExitStack:
         """Watch the methods of tensors that the dispatcher does not see; close it to undo."""
         stack = ExitStack()
-        for names, wrap in ((_READS, self._reading), (_COPIES, self._copying)):
+        wrappers = (
+            (_READS, self._reading),
+            (_COPIES, self._copying),
+            (("copy_",), self._sending),
+        )
+        for names, wrap in wrappers:
             for name in names:
                 own = name in vars(Tensor)
                 original = getattr(Tensor, name)
@@ -137,6 +142,18 @@ class OperationCounter(TorchDispatchMode):
             result = method(tensor, *args, **kwargs)
             if result is not tensor and result.device.type == "cpu":
                 self._copies[result] = self.step
+            return result
+
+        return wrapper
+
+    def _sending(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """Into host memory that was there before, as a copy to pinned memory is."""
+
+        @functools.wraps(method)
+        def wrapper(tensor: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = method(tensor, source, *args, **kwargs)
+            if source.is_cuda and not tensor.is_cuda:
+                self._copies[tensor] = self.step
             return result
 
         return wrapper

@@ -155,14 +155,15 @@ def test_values_of_two_devices(first: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_synchronization_on_a_gpu() -> None:
     model = nn.LSTM(8, 8, num_layers=3).cuda()
     meter = NormMeter(model.named_parameters())
     output, _ = model(torch.randn(5, 2, 8, device="cuda"))
     output.sum().backward()
     expected = meter.measure().layer_values()[1].tolist()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         norms = meter.measure()
         values = norms.layer_values()[1]
     finally:

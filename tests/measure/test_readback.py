@@ -70,14 +70,15 @@ def test_it_keeps_no_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_on_a_gpu_it_never_waits_for_the_device() -> None:
     """A read that waits raises in this mode; the copy itself must not."""
     queue: DelayedRead[int] = DelayedRead(2)
     vectors = [torch.full((3,), float(n), device="cuda") for n in range(6)]
     seen = [queue.push(n, vectors[n]) for n in range(2)]
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         seen += [queue.push(n, vectors[n]) for n in range(2, 6)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
