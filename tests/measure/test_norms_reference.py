@@ -93,6 +93,8 @@ def fingerprint(grad: Tensor | None) -> object:
     )
 
 
+# torch 2.11 warns once of its default for every sparse tensor that an operation makes.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
 @given(case=cases(), depth=st.sampled_from([None, 1, 2, 3, 9]))
 def test_any_set_of_gradients(case: Case, depth: int | None) -> None:
     meter = NormMeter(case.named)

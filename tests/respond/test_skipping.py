@@ -111,7 +111,11 @@ def test_the_controls_come_off_again(name: str) -> None:
 
 def test_which_optimizers_run_fused() -> None:
     for name, make in MAKE.items():
-        assert runs_fused(make(weights())) == (name in FUSED), name
+        optimizer = make(weights())
+        # Before torch 2.13 a fused Adagrad does not take part in this, and is decided on the host.
+        takes_part = getattr(optimizer, "_step_supports_amp_scaling", False)
+        assert takes_part == (name in FUSED) or "adagrad" in name
+        assert runs_fused(optimizer) == (name in FUSED and takes_part), name
     one, other = weights(), weights()
     half = torch.optim.SGD([{"params": one, "fused": True}, {"params": other}], lr=0.1)
     assert not runs_fused(half)
