@@ -74,8 +74,18 @@ class Recorder:
             self._say(logging.WARNING, action.message + more)
 
     def _write(self, event: str, values: dict[str, object]) -> None:
-        if self.events is not None and not self.silent:
+        if self.events is None or self.silent:
+            return
+        try:
             self.events.write(event, {"optimizer": self.label, **values})
+        except OSError as error:
+            # A full disk is no reason to leave the run unguarded.
+            path = self.events.path
+            self.events.close()
+            self.events = None
+            logger.error(  # noqa: TRY400 - the reason says it all
+                "%s cannot be written (%s); training goes on guarded, without it.", path, error
+            )
 
     def _say(self, level: int, message: str) -> None:
         if not self.silent:

@@ -222,13 +222,15 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(complaints) == 1
 
 
-def test_the_step_at_which_the_log_fails_is_still_guarded(cannot_write: Path) -> None:
-    """The NaN that could not be written down was dropped all the same."""
+def test_a_run_whose_log_fails_stays_guarded(cannot_write: Path) -> None:
+    """The NaN that could not be written down was dropped all the same, and so is the next one."""
     model = Regression()
     guard = guard_without(skip=SkipBadSteps())
-    batches = make_batches(FAILS_AT + 1, poisoned=(FAILS_AT,))
+    batches = make_batches(BATCHES, poisoned=(FAILS_AT, FAILS_AT + 3))
     quiet_trainer(cannot_write, guard).fit(model, loader(batches))
     assert all(p.isfinite().all() for p in model.parameters())
+    assert guard.counts["skipped_steps"] == 2
+    assert not guard.broken
 
 
 # -- the run ends by itself -----------------------------------------------------------------------
