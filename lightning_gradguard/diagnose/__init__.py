@@ -17,10 +17,12 @@ from lightning_gradguard.diagnose.findings import (
     Pathology,
     Remedy,
     Severity,
+    TimeDetector,
 )
 from lightning_gradguard.diagnose.non_finite import NonFiniteDetector
 from lightning_gradguard.diagnose.spike import LossSpikeDetector
 from lightning_gradguard.diagnose.thresholds import Thresholds
+from lightning_gradguard.diagnose.time_decay import TimeExplosionDetector, VanishingInTimeDetector
 
 __all__ = [
     "Detector",
@@ -35,8 +37,12 @@ __all__ = [
     "RobustBaseline",
     "Severity",
     "Thresholds",
+    "TimeDetector",
+    "TimeExplosionDetector",
+    "VanishingInTimeDetector",
     "default_detectors",
     "log_norm",
+    "time_detectors",
 ]
 
 
@@ -59,3 +65,24 @@ def default_detectors(thresholds: Thresholds | None = None) -> list[Detector]:
         LossSpikeDetector(thresholds),
         DivergingDetector(thresholds),
     ]
+
+
+def time_detectors(thresholds: Thresholds | None = None) -> list[TimeDetector]:
+    """Returns the detectors of the gradient through time, in the order of their severity.
+
+    They are apart from `default_detectors` because their findings never cause a response: every
+    rank reads its own sequences, so two ranks may find different things.
+
+    Args:
+        thresholds: The numbers they use; `Thresholds()` if not given.
+
+    Example:
+        >>> from lightning_gradguard.readings import TimeReading
+        >>> reading = TimeReading("rnn", "l0", "exact", "relu", timesteps=100, decay_rate=0.2,
+        ...                       decay_error=0.01)
+        >>> step = Observation(step=0, loss=2.3, total_norm=1.0, time=(reading,))
+        >>> [(f.pathology.value, f.where) for d in time_detectors() for f in d.observe(step)]
+        [('exploding', 'rnn')]
+    """
+    thresholds = thresholds or Thresholds()
+    return [TimeExplosionDetector(thresholds), VanishingInTimeDetector(thresholds)]

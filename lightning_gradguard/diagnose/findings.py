@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, Protocol
 
+from lightning_gradguard.readings import TimeReading
+
 
 class Pathology(str, Enum):
     """What can go wrong in a run. Each member is stored and printed as its plain value."""
@@ -15,6 +17,7 @@ class Pathology(str, Enum):
     EXPLODING = "exploding"
     LOSS_SPIKE = "loss_spike"
     DIVERGING = "diverging"
+    VANISHING_IN_TIME = "vanishing_in_time"
 
 
 class Severity(IntEnum):
@@ -126,12 +129,15 @@ class Observation:
         loss: Training loss, `None` where it is not known; may be negative, NaN or infinite.
         total_norm: L2 norm of all gradients before any clipping; may be NaN or infinite.
         norms: L2 norm per parameter name in forward order, on steps where they were read.
+        time: How the gradient travels through time, one reading per module or per layer and
+            direction of it, on steps where it was measured; empty on all others.
     """
 
     step: int
     loss: float | None
     total_norm: float
     norms: Mapping[str, float] | None = None
+    time: tuple[TimeReading, ...] = ()
 
 
 class Detector(Protocol):
@@ -152,3 +158,14 @@ class Detector(Protocol):
 
     def reset(self) -> None:
         """Forgets everything."""
+
+
+class TimeDetector(Detector, Protocol):
+    """A detector of readings through time, which come only now and then.
+
+    Its findings are for people and cause no response: every rank reads its own sequences.
+    """
+
+    @property
+    def wants_exact(self) -> bool:
+        """Whether another exact reading, now, would help to decide."""

@@ -45,7 +45,13 @@ def test_severities_are_ordered_and_labelled() -> None:
 
 
 def test_pathologies_are_their_values() -> None:
-    assert [p.value for p in Pathology] == ["non_finite", "exploding", "loss_spike", "diverging"]
+    assert [p.value for p in Pathology] == [
+        "non_finite",
+        "exploding",
+        "loss_spike",
+        "diverging",
+        "vanishing_in_time",
+    ]
     assert Pathology("diverging") is Pathology.DIVERGING
 
 
