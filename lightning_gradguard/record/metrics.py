@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
+from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record.history import StepRecord
 
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_./]")
@@ -60,6 +63,42 @@ def layer_metrics(layers: Mapping[str, float], label: str = "") -> dict[str, flo
         _labelled(metric_key("grad_norm", f"{name}_" if name in _RESERVED else name), label): norm
         for name, norm in layers.items()
     }
+
+
+def time_metrics(readings: Iterable[TimeReading], label: str = "") -> dict[str, float]:
+    """Decay rate, half-life, horizon and recency of each module; what is not known is left out.
+
+    A module of one layer and direction goes by its path alone: ``grad_time/rnn/decay_rate``.
+
+    Example:
+        >>> rnn = TimeReading("rnn", "", "exact", decay_rate=-0.1)
+        >>> [round(value, 2) for value in time_metrics([rnn]).values()]
+        [-0.1, 6.93, 69.08]
+    """
+    readings = list(readings)
+    alone = modules_of_one_part(reading.name for reading in readings)
+    values = {
+        metric_key("grad_time", alone.get(reading.name, reading.name), name): getattr(reading, name)
+        for reading in readings
+        for name in ("decay_rate", "half_life", "horizon", "recency")
+    }
+    return {_labelled(key, label): v for key, v in values.items() if math.isfinite(v)}
+
+
+def modules_of_one_part(names: Iterable[str]) -> dict[str, str]:
+    """From names of readings to paths of modules, for those that are a module's only part.
+
+    Example:
+        >>> modules_of_one_part(["encoder/l0", "encoder/l1", "decoder/l0"])
+        {'decoder/l0': 'decoder'}
+    """
+    modules = [(name, name.rpartition("/")[0] if _is_part(name) else name) for name in names]
+    counts = Counter(module for _, module in modules)
+    return {name: module for name, module in modules if counts[module] == 1}
+
+
+def _is_part(name: str) -> bool:
+    return re.fullmatch(r"l\d+(_reverse)?", name.rpartition("/")[2]) is not None and "/" in name
 
 
 def _labelled(key: str, label: str) -> str:
