@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -14,11 +13,29 @@ from lightning_gradguard._validation import check_number
 Tag = TypeVar("Tag")
 
 
-@dataclass(frozen=True)
-class _Pending(Generic[Tag]):
-    tag: Tag
-    host: Tensor
-    arrived: torch.cuda.Event | None
+class PendingRead:
+    """A vector on its way from the device to the host.
+
+    Args:
+        values: The vector.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if values.device.type != "cuda":
+            self._host = values.detach().to("cpu", copy=True)
+            return
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> list[float]:
+        """The values, once they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[float] = self._host.tolist()
+        return values
 
 
 class DelayedRead(Generic[Tag]):
@@ -45,39 +62,23 @@ class DelayedRead(Generic[Tag]):
     def __init__(self, delay: int) -> None:
         check_number("delay", delay, at_least=0, integer=True)
         self.delay = delay
-        self._queue: deque[_Pending[Tag]] = deque()
+        self._queue: deque[tuple[Tag, PendingRead]] = deque()
 
     def push(self, tag: Tag, values: Tensor) -> list[tuple[Tag, list[float]]]:
         """Put in this step's vector; returns the entries that are due, oldest first."""
-        self._queue.append(self._send(tag, values))
+        self._queue.append((tag, PendingRead(values)))
         due = []
         while len(self._queue) > self.delay:
-            due.append(self._receive(self._queue.popleft()))
+            oldest, pending = self._queue.popleft()
+            due.append((oldest, pending.wait()))
         return due
 
     def drain(self) -> list[tuple[Tag, list[float]]]:
         """Wait for everything that is under way, without taking it out of the queue."""
-        return [self._receive(pending) for pending in self._queue]
+        return [(tag, pending.wait()) for tag, pending in self._queue]
 
     def refill(self, entries: list[tuple[Tag, list[float]]]) -> None:
         """Start again from what :meth:`drain` returned."""
         self._queue = deque(
-            _Pending(tag, torch.tensor(values, dtype=torch.float64), None)
-            for tag, values in entries
+            (tag, PendingRead(torch.tensor(values, dtype=torch.float64))) for tag, values in entries
         )
-
-    @staticmethod
-    def _send(tag: Tag, values: Tensor) -> _Pending[Tag]:
-        if values.device.type != "cuda":
-            return _Pending(tag, values.detach().to("cpu", copy=True), None)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(values.device))
-        return _Pending(tag, host, arrived)
-
-    @staticmethod
-    def _receive(pending: _Pending[Tag]) -> tuple[Tag, list[float]]:
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        return pending.tag, pending.host.tolist()

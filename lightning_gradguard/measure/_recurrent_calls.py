@@ -1,0 +1,209 @@
+"""Calls of a fused recurrent module: what each leaves behind for a measurement.
+
+Shape suffixes: ``T`` time, ``B`` batch, ``K`` layers times directions.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradguard.measure._call_shape import CallShape, Sequences
+from lightning_gradguard.measure._capture import Capture, RecurrentModule
+from lightning_gradguard.measure._taps import (
+    FAST_FLOOR,
+    Switch,
+    attach,
+    feature_norms,
+    is_plain,
+    listen,
+    tap,
+    trains,
+)
+from lightning_gradguard.measure.decay import float_floor
+
+# Calls of one module in a step that are watched; a model that makes more has many alike.
+MOST_CALLS = 8
+
+
+class RecurrentCall:
+    """One call: norms on every step, and a capture for the exact measurement if it was on.
+
+    Attributes:
+        number: Which call since the last measurement it is.
+        input_norms: Norm of the gradient of the input at each timestep, in the input's layout.
+        entry_norms: That of the output.
+        end_norms: Those of h_n and c_n, per layer and direction.
+        floor: Norm below which those of the input are not known well.
+    """
+
+    def __init__(
+        self, watch: RecurrentWatch, number: int, shape: CallShape, capture: Capture | None
+    ) -> None:
+        self._watch = watch
+        self._generation = watch.generation
+        self.number = number
+        self.shape = shape
+        self.capture = capture
+        self.input_norms: Tensor | None = None
+        self.entry_norms: Tensor | None = None
+        self.end_norms: list[Tensor | None] = [None, None]
+        self.floor = 0.0
+        self._kept = False
+
+    def input_arrived(self, grad: Tensor) -> None:
+        """The gradient of the input."""
+        if self._keep():
+            self.floor = _floor(grad)
+            self.input_norms = _joined(self.input_norms, self._norms(grad))
+
+    def output_arrived(self, grad: Tensor) -> None:
+        """The gradient that the output has directly from what comes after the module."""
+        if self._keep():
+            self.entry_norms = _joined(self.entry_norms, self._norms(grad))
+            if self.capture is not None and not self.capture.refusal:
+                self.capture.add_output(grad)
+
+    def hidden_arrived(self, grad: Tensor) -> None:
+        """The gradient of h_n."""
+        self._state_arrived(0, grad)
+
+    def cell_arrived(self, grad: Tensor) -> None:
+        """The gradient of c_n."""
+        self._state_arrived(1, grad)
+
+    def _state_arrived(self, which: int, grad: Tensor) -> None:
+        if self._keep():
+            self.end_norms[which] = _joined(self.end_norms[which], feature_norms(grad, fast=True))
+            if self.capture is not None and not self.capture.refusal:
+                self.capture.add_state(which, grad)
+
+    def _norms(self, grad: Tensor) -> Tensor:
+        return self.shape.thinned(feature_norms(grad, fast=True))
+
+    def _keep(self) -> bool:
+        """Belong to the measurement from the first gradient on, unless that is over."""
+        if self._generation != self._watch.generation:
+            return False
+        if not self._kept:
+            self._kept = True
+            self._watch.calls.append(self)
+        return True
+
+
+def _floor(grad: Tensor) -> float:
+    width = grad.shape[-1]
+    floor = float_floor(grad.dtype, width)
+    return floor if grad.dtype is torch.float64 else max(floor, FAST_FLOOR * math.sqrt(width))
+
+
+def _joined(before: Tensor | None, norms: Tensor) -> Tensor:
+    """Of a second backward through the same graph only the norms of both parts are known."""
+    return norms if before is None else torch.hypot(before, norms)
+
+
+class RecurrentWatch:
+    """Sees the calls of one fused recurrent module.
+
+    Args:
+        name: Path of the module.
+        rnn: The module.
+        switch: Of the probe.
+
+    Attributes:
+        calls: Those that a gradient has reached since the last measurement.
+        seen: Whether there ever was a call in training.
+        single: Whether there was one of a single timestep.
+        reason: Why it cannot be watched, if that has shown; else empty.
+        generation: Number of measurements; graphs from before the last one are over.
+    """
+
+    reason = ""
+
+    def __init__(self, name: str, rnn: RecurrentModule, switch: Switch) -> None:
+        self.name = name
+        self.rnn = rnn
+        self.calls: list[RecurrentCall] = []
+        self.seen = False
+        self.single = False
+        self.generation = 0
+        self._switch = switch
+        self._number = 0
+        self._live: weakref.WeakSet[RecurrentCall] = weakref.WeakSet()
+        self._begun = threading.local()  # nn.DataParallel calls one module in several threads
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Begin to see calls."""
+        self._handles = attach(self.rnn, self._switch, before=self.before, after=self.after)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def forget(self) -> None:
+        """Begin a new measurement."""
+        for call in self.calls:
+            call.capture = None  # the graph may live on, but need not hold the copies
+        self.calls = []
+        self.single = False
+        self.generation += 1
+        self._number = 0
+        self._live = weakref.WeakSet()
+
+    def before(
+        self, rnn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See the input, and let the module have a view of it."""
+        self._begun.call = None
+        value: Any = args[0] if args else kwargs.get("input")
+        data = value.data if isinstance(value, PackedSequence) else value
+        if not is_plain(data):
+            return None
+        shape = CallShape.of(value, batch_first=self.rnn.batch_first)
+        if shape is None or not shape.timesteps or not shape.sequences:
+            return None
+        self.seen = True
+        if shape.timesteps == 1:
+            self.single = True
+            return None
+        if len(self._live) >= MOST_CALLS or not (data.requires_grad or trains(rnn)):
+            return None
+        hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        capture = Capture(self.rnn, shape, data, hx) if self._switch.exact else None
+        call = RecurrentCall(self, self._number, shape, capture)
+        self._number += 1
+        self._live.add(call)
+        self._begun.call = call
+        tapped = _with_data(value, tap(data, call.input_arrived, self._switch))
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
+
+    def after(self, rnn: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """See the output and the last states."""
+        call: RecurrentCall | None = getattr(self._begun, "call", None)
+        self._begun.call = None
+        if call is None or not isinstance(output, tuple) or len(output) != 2:
+            return
+        value, states = output
+        data = value.data if isinstance(value, PackedSequence) else value
+        listen(data, call.output_arrived, self._switch)
+        hidden, cell = states if isinstance(states, tuple) else (states, None)
+        listen(hidden, call.hidden_arrived, self._switch)
+        listen(cell, call.cell_arrived, self._switch)
+        capture = call.capture
+        if capture is not None and not capture.refusal and is_plain(data):
+            capture.output = capture.rows.data(data)
+
+
+def _with_data(value: Sequences, data: Tensor) -> Sequences:
+    if isinstance(value, PackedSequence):
+        return PackedSequence(data, value.batch_sizes, value.sorted_indices, value.unsorted_indices)
+    return data
