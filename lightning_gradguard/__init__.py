@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_gradguard.callbacks import GradGuard, GradientMonitor
     from lightning_gradguard.diagnose import Finding, Pathology, Severity
+    from lightning_gradguard.dry_run import Preflight, preflight
     from lightning_gradguard.guard import GuardEngine
 
 __version__ = "0.1.0"
@@ -27,8 +28,10 @@ __all__ = [
     "GradientMonitor",
     "GuardEngine",
     "Pathology",
+    "Preflight",
     "Severity",
     "__version__",
+    "preflight",
 ]
 
 _MODULE_OF = {
@@ -37,7 +40,9 @@ _MODULE_OF = {
     "GradientMonitor": "lightning_gradguard.callbacks",
     "GuardEngine": "lightning_gradguard.guard",
     "Pathology": "lightning_gradguard.diagnose",
+    "Preflight": "lightning_gradguard.dry_run",
     "Severity": "lightning_gradguard.diagnose",
+    "preflight": "lightning_gradguard.dry_run",
 }
 
 
