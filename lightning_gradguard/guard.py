@@ -22,11 +22,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard._validation import check_choice, check_type
-from lightning_gradguard.diagnose import Finding, Thresholds, default_detectors
+from lightning_gradguard.diagnose import (
+    Finding,
+    Thresholds,
+    default_detectors,
+    time_detectors,
+)
 from lightning_gradguard.measure import GradNorms, NormMeter
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.pipeline import Outcome, Pipeline
+from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record import Recorder, StepRecord, format_report
 from lightning_gradguard.respond import (
     Action,
@@ -40,6 +46,7 @@ from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
 from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
+from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules, TimeSampler
 
 logger = logging.getLogger("lightning_gradguard")
 
@@ -55,6 +62,7 @@ class _Step:
     outcome: Outcome
     norms: Callable[[], Mapping[str, float]]  # of every parameter
     bound: UpdateBound | None  # whose signal is read with it
+    time: tuple[TimeReading, ...] = ()  # what has become known about earlier steps
     on_device: tuple[Tensor, Tensor] | None = None  # coefficient; norm, loss, failed ranks, signal
 
     @property
@@ -73,6 +81,11 @@ class GuardEngine:
         cap: Cap on relative updates, or ``None`` for none.
         skip: Skipping of bad steps, or ``None`` for none.
         backoff: Learning-rate back-off, or ``None`` for none.
+        timesteps: Modules whose gradient is measured through time: ``"auto"`` for all recurrent
+            ones and attention encoders; names or patterns; names with the time axis of the output,
+            for modules of other types; ``None`` for none.
+        exact_every_n_steps: Steps between exact measurements of recurrent modules. Default 200:
+            each costs up to two training steps, so that is at most 1% of the run.
         thresholds: What counts as a finding.
         recorder: Where findings and actions go. Default: memory and the console.
 
@@ -106,6 +119,8 @@ class GuardEngine:
         cap: UpdateCap | None = UpdateCap(),
         skip: SkipBadSteps | None = SkipBadSteps(),
         backoff: LearningRateBackoff | None = LearningRateBackoff(),
+        timesteps: TimeModules | None = "auto",
+        exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
         thresholds: Thresholds | None = None,
         recorder: Recorder | None = None,
     ) -> None:
@@ -145,7 +160,14 @@ class GuardEngine:
             enabled=protecting or self._sharded, delay=DEVICE_DELAY if self._fused else 0
         )
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
-        self._pipeline = Pipeline(ladder, default_detectors(thresholds), self.recorder)
+        self._pipeline = Pipeline(
+            ladder, default_detectors(thresholds), self.recorder, time_detectors(thresholds)
+        )
+        self._time: TimeSampler | None = None
+        if timesteps is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            delay = DEVICE_DELAY if self._fused else 0
+            self._time = TimeSampler(model, parameters, timesteps, exact_every_n_steps, delay)
         self._current: _Step | None = None
         self._late_signal: list[float] = []
         self._watch_parameters()
@@ -169,6 +191,11 @@ class GuardEngine:
         return self.recorder.history
 
     @property
+    def time_readings(self) -> list[TimeReading]:
+        """How gradients travelled through time, as far back as it is kept, oldest first."""
+        return self.recorder.readings
+
+    @property
     def counts(self) -> dict[str, int]:
         """Running counts: steps; skipped, clipped and capped ones; findings."""
         return self._pipeline.counts
@@ -189,7 +216,13 @@ class GuardEngine:
 
     def report(self) -> str:
         """Findings, remedies and actions as text."""
-        return format_report(self.findings, self.actions, self.counts, self.recorder.label)
+        return format_report(
+            self.findings,
+            self.actions,
+            self.counts,
+            self.recorder.label,
+            self.recorder.latest_readings,
+        )
 
     # -- around each step ------------------------------------------------------------------------
 
@@ -216,6 +249,11 @@ class GuardEngine:
             with self._containment():
                 self._agreement.make_equal(self._optimizer)
 
+    def discard_time(self) -> None:
+        """Forget what backward passes since the last step have shown of the way through time."""
+        if self._time is not None:
+            self._time.discard()
+
     def _keep_company(self) -> None:
         """Take part in what the other ranks still do together, and tell them that this one is off.
 
@@ -241,6 +279,7 @@ class GuardEngine:
         if not any(norms.present):
             return
         self.last_norms = norms
+        time = self._time.sample(self.step) if self._time is not None else ()
         outcome = Outcome(
             self.step,
             self._pipeline.plan,
@@ -248,7 +287,7 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(outcome, lambda: norms.parameters, self._bound)
+        self._current = step = _Step(outcome, lambda: norms.parameters, self._bound, time)
         signal = self._bound.signal(norms) if self._bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, seen = act(
@@ -331,7 +370,9 @@ class GuardEngine:
         self._take(step, outcome)
 
     def _take(self, step: _Step, outcome: Outcome) -> None:
-        self._pipeline.take(outcome, step.norms)
+        self._pipeline.take(outcome, step.norms, step.time)
+        if self._time is not None and self._pipeline.wants_exact:
+            self._time.request(outcome.number)
 
     def _abandon(self) -> None:
         """A step that was announced but never reached its update.
@@ -422,6 +463,8 @@ class GuardEngine:
         self._current = None
         self._release()
         self._hook.remove()
+        if self._time is not None:
+            self._time.close()
         if not self._sharded:
             self._bound = None  # it may hold copies of weights, which the run may need room for
 
@@ -433,6 +476,8 @@ class GuardEngine:
         for late, values in self._late.drain():
             self._take_late(late, values)
         self._late.refill([])
+        if self._time is not None:
+            self.recorder.time(self._time.drain())
         self.abort()
 
     # -- state -----------------------------------------------------------------------------------
@@ -446,12 +491,18 @@ class GuardEngine:
             "late_signal": list(self._late_signal),
             "late": [self._late_to_dict(*entry) for entry in self._late.drain()],
             "tensors": len(self._meter.names),
+            "time": self._time.state_dict() if self._time is not None else None,
         }
 
     def _late_to_dict(self, step: _Step, values: list[float]) -> dict[str, Any]:
         # Where a norm that is not finite comes from will be asked.
         norms = {} if all(map(math.isfinite, values)) else dict(step.norms())
-        return {"outcome": step.outcome.to_dict(), "values": values, "norms": norms}
+        return {
+            "outcome": step.outcome.to_dict(),
+            "values": values,
+            "norms": norms,
+            "time": [reading.to_dict() for reading in step.time],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state."""
@@ -463,7 +514,10 @@ class GuardEngine:
             [
                 (
                     _Step(
-                        Outcome.from_dict(entry["outcome"]), partial(dict, entry["norms"]), bound
+                        Outcome.from_dict(entry["outcome"]),
+                        partial(dict, entry["norms"]),
+                        bound,
+                        tuple(TimeReading.from_dict(reading) for reading in entry["time"]),
                     ),
                     list(entry["values"]),
                 )
@@ -473,6 +527,8 @@ class GuardEngine:
         self._late_signal = list(state["late_signal"]) if same else []
         if bound is not None and state["bound"] is not None:
             bound.load_state_dict(state["bound"])
+        if self._time is not None and state["time"] is not None:
+            self._time.load_state_dict(state["time"], self.step)
 
 
 def _parameter_count(optimizer: Optimizer) -> int:

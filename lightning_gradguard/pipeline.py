@@ -6,11 +6,12 @@ No tensors and no hooks here: one step's numbers go in, the bounds of the next s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lightning_gradguard.diagnose import Detector, Finding, Observation
+from lightning_gradguard.diagnose import Detector, Finding, Observation, TimeDetector
+from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record import Recorder, StepRecord
 from lightning_gradguard.respond.ladder import Ladder, StepPlan
 
@@ -61,9 +62,12 @@ class Pipeline:
         ladder: Decides on the bounds; ``None`` to observe only.
         detectors: Turn numbers into findings.
         recorder: Where everything is recorded.
+        time_detectors: Turn readings through time into findings, which cause no response: every
+            rank reads its own sequences, and all have to respond alike.
 
     Attributes:
         tensors: How many tensors the optimizer updates.
+        wants_exact: Whether an exact measurement through time would help to explain what goes on.
     """
 
     def __init__(
@@ -71,11 +75,14 @@ class Pipeline:
         ladder: Ladder | None,
         detectors: list[Detector],
         recorder: Recorder,
+        time_detectors: Sequence[TimeDetector] = (),
     ) -> None:
         self.ladder = ladder
         self.recorder = recorder
         self.tensors = 1
+        self.wants_exact = False
         self._detectors = detectors
+        self._time_detectors = time_detectors
         self._counts = dict.fromkeys(
             ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings"), 0
         )
@@ -91,20 +98,25 @@ class Pipeline:
         return dict(self._counts)
 
     def take(
-        self, outcome: Outcome, norms: Callable[[], Mapping[str, float]] | None = None
+        self,
+        outcome: Outcome,
+        norms: Callable[[], Mapping[str, float]] | None = None,
+        time: tuple[TimeReading, ...] = (),
     ) -> None:
         """Diagnose, respond to and record one step.
 
         Args:
             outcome: The step.
             norms: Reads the norm of every parameter; asked only when the total is not finite.
+            time: Readings through time that have become known with this step.
         """
         finite = math.isfinite(outcome.total_norm)
         dropped = outcome.coefficient == 0.0 or (outcome.left_to_scaler and not finite)
         # A scaler that looks for its scale meets infinities on purpose: that is no finding.
         if finite or not outcome.left_to_scaler:
-            findings = self._diagnose(outcome, norms if not finite else None)
+            findings = self._diagnose(outcome, norms if not finite else None, time)
             self._respond(outcome, dropped, findings)
+        self.recorder.time(time)
         self._counts["steps"] += 1
         self._counts["skipped_steps"] += dropped
         self._counts["clipped_steps"] += 0.0 < outcome.coefficient < 1.0
@@ -124,17 +136,23 @@ class Pipeline:
         )
 
     def _diagnose(
-        self, outcome: Outcome, norms: Callable[[], Mapping[str, float]] | None
+        self,
+        outcome: Outcome,
+        norms: Callable[[], Mapping[str, float]] | None,
+        time: tuple[TimeReading, ...],
     ) -> list[Finding]:
         observation = Observation(
             step=outcome.number,
             loss=outcome.loss,
             total_norm=outcome.total_norm,
             norms=norms() if norms else None,
+            time=time,
         )
         findings = [f for detector in self._detectors for f in detector.observe(observation)]
-        self._counts["findings"] += len(findings)
-        for finding in findings:
+        in_time = [f for detector in self._time_detectors for f in detector.observe(observation)]
+        self.wants_exact = bool(findings) or any(d.wants_exact for d in self._time_detectors)
+        self._counts["findings"] += len(findings) + len(in_time)
+        for finding in (*findings, *in_time):
             self.recorder.finding(finding)
         return findings
 
@@ -156,7 +174,7 @@ class Pipeline:
         """Plain values from which :meth:`load_state_dict` continues."""
         return {
             "ladder": self.ladder.state_dict() if self.ladder else None,
-            "detectors": {type(d).__name__: d.state_dict() for d in self._detectors},
+            "detectors": {type(d).__name__: d.state_dict() for d in self._all_detectors()},
             "counts": dict(self._counts),
         }
 
@@ -164,8 +182,11 @@ class Pipeline:
         """Continue from a saved state; a part that was not in use then starts afresh."""
         if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"])
-        for detector in self._detectors:
+        for detector in self._all_detectors():
             saved = state["detectors"].get(type(detector).__name__)
             if saved is not None:
                 detector.load_state_dict(saved)
         self._counts.update(state["counts"])
+
+    def _all_detectors(self) -> list[Detector]:
+        return [*self._detectors, *self._time_detectors]

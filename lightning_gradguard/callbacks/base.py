@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -16,13 +16,23 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard._validation import check_number, check_type
-from lightning_gradguard.callbacks.epoch import EpochNorms
+from lightning_gradguard.callbacks.epoch import EpochNorms, EpochTime
 from lightning_gradguard.callbacks.schedules import ScheduleHold
 from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.dry_run import preflight
 from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.measure import TimestepProbe
+from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record import EventLog, Recorder, StepRecord
-from lightning_gradguard.record.metrics import count_metrics, layer_metrics, step_metrics
+from lightning_gradguard.record.metrics import (
+    count_metrics,
+    layer_metrics,
+    step_metrics,
+    time_metrics,
+)
+from lightning_gradguard.record.time_statistics import TimeDecayStatistics
 from lightning_gradguard.respond import Action
+from lightning_gradguard.sampling import TimeModules
 
 logger = logging.getLogger("lightning_gradguard")
 
@@ -62,20 +72,39 @@ class EngineCallback(Callback):
             ``None`` for the whole path.
         events: Whether to append findings and actions to ``gradguard/events.jsonl`` in the run's
             log directory.
+        timesteps: Modules whose gradient is measured through time.
+        exact_every_n_steps: Steps between exact measurements.
+        preflight: Whether to measure the first batch before the first step.
     """
 
-    def __init__(self, layer_depth: int | None, *, events: bool) -> None:
+    def __init__(
+        self,
+        layer_depth: int | None,
+        *,
+        events: bool,
+        timesteps: TimeModules | None,
+        exact_every_n_steps: int,
+        preflight: bool,
+    ) -> None:
         super().__init__()
         if layer_depth is not None:
             check_number("layer_depth", layer_depth, at_least=1, integer=True)
         check_type("events", events, bool, "True or False")
+        check_type("preflight", preflight, bool, "True or False")
+        check_number("exact_every_n_steps", exact_every_n_steps, at_least=1, integer=True)
+        _check_timesteps(timesteps)
         self.layer_depth = layer_depth
         self.events = events
+        self.timesteps = timesteps
+        self.exact_every_n_steps = exact_every_n_steps
+        self.preflight = preflight
+        self._before_flight = False
         self.broken = False
         self._engines: list[GuardEngine] = []
         self._by_optimizer: dict[int, GuardEngine] = {}
         self._losses: list[Tensor] = []
         self._epoch = EpochNorms()
+        self._epoch_time = EpochTime()
         self._schedules = ScheduleHold()
         self._leader: EngineCallback | None = None
         self._in_step = False
@@ -114,6 +143,17 @@ class EngineCallback(Callback):
         return engines[0].history if engines else []
 
     @property
+    def time_readings(self) -> list[TimeReading]:
+        """How gradients travelled through time in the last fit, in order of steps."""
+        read = [reading for engine in self.engines for reading in engine.time_readings]
+        return sorted(read, key=lambda reading: reading.step)
+
+    @property
+    def time_statistics(self) -> dict[str, TimeDecayStatistics]:
+        """Over the last epoch, for each module, layer and direction; each can ``plot()`` itself."""
+        return self._epoch_time.metrics if self._leader is None else self._leader.time_statistics
+
+    @property
     def counts(self) -> dict[str, int]:
         """Running counts over all optimizers."""
         totals: dict[str, int] = {}
@@ -138,6 +178,12 @@ class EngineCallback(Callback):
     # -- Lightning's hooks -----------------------------------------------------------------------
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What the user has misspelled is said before training starts, and not contained.
+        if self.timesteps is not None:
+            TimestepProbe(pl_module, self.timesteps).close()
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
         self._start(trainer, pl_module, log_dir)
@@ -156,7 +202,8 @@ class EngineCallback(Callback):
         self._leader = self._leader_among(callbacks)
         if self._leader is not None:
             return
-        self._epoch = EpochNorms()
+        self._epoch, self._epoch_time = EpochNorms(), EpochTime()
+        self._before_flight = self.preflight
         strategy = type(trainer.strategy).__name__
         if strategy in _NOT_SUPPORTED:
             logger.warning(
@@ -198,6 +245,27 @@ class EngineCallback(Callback):
         engine = self._make_engine(model, optimizer, recorder)
         self._engines.append(engine)
         self._by_optimizer[id(optimizer)] = engine
+
+    @override
+    @contained
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._before_flight and self._engines:
+            self._before_flight = False
+            self._run_preflight(trainer, pl_module, batch)
+
+    def _run_preflight(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        try:
+            seen = preflight(pl_module, batch, modules=self.timesteps or (), verbose=False)
+        except ValueError as error:  # what it cannot be done for is no reason not to train
+            logger.warning("%s leaves out the preflight: %s", type(self).__name__, error)
+            return
+        finally:
+            for engine in self._engines:
+                engine.discard_time()
+        if trainer.is_global_zero:
+            logger.info("%s", seen)
 
     @override
     @contained
@@ -251,6 +319,7 @@ class EngineCallback(Callback):
         self._schedules.release()
         for engine in self._engines:
             self._epoch.add(engine)
+            self._epoch_time.add(engine)
         # Lightning's own rule for when a value logged now is kept, which has no public name.
         stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
         every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
@@ -268,6 +337,7 @@ class EngineCallback(Callback):
                     **step_metrics(row, protecting=engine.mode == "protect", label=label),
                     **count_metrics(engine.counts, label),
                     **layer_metrics(norms.layers(self.layer_depth), label),
+                    **time_metrics(engine.recorder.latest_readings, label),
                 },
                 on_step=True,
                 on_epoch=False,
@@ -276,7 +346,7 @@ class EngineCallback(Callback):
     @override
     @contained
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = self._epoch.compute()
+        metrics = {**self._epoch.compute(), **self._epoch_time.compute()}
         if metrics:
             pl_module.log_dict(metrics, on_step=False, on_epoch=True)
 
@@ -355,3 +425,15 @@ class EngineCallback(Callback):
         )
         for engine in self._engines:
             engine.fail()
+
+
+def _check_timesteps(timesteps: object) -> None:
+    """Raise unless ``timesteps`` is what `TimestepProbe` can take; names are looked up later."""
+    if timesteps is None or timesteps == "auto":
+        return
+    if isinstance(timesteps, str) or not isinstance(timesteps, (Sequence, Mapping)):
+        kind = ValueError if isinstance(timesteps, str) else TypeError
+        raise kind(
+            "timesteps must be 'auto', a list of module names, a mapping of module names to time "
+            f"axes, or None, got {timesteps!r}"
+        )

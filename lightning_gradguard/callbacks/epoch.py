@@ -1,12 +1,15 @@
-"""Gradient norms over an epoch."""
+"""Gradient norms, and gradients through time, over an epoch."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record.metrics import metric_key
+from lightning_gradguard.record.metrics import metric_key, modules_of_one_part
 from lightning_gradguard.record.statistics import LogNormStatistics
+from lightning_gradguard.record.time_statistics import TimeDecayStatistics
 
 # A metric's update costs about 100 µs, whatever the size of the batch: collect before updating.
 _BATCH = 1024
@@ -52,3 +55,53 @@ class EpochNorms:
         if pending:
             metric.update(torch.tensor(pending))
             pending.clear()
+
+
+class EpochTime:
+    """Aggregates the readings through time of an epoch, for each module, layer and direction."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[tuple[str, str, str], TimeDecayStatistics] = {}
+        self._last_step: dict[str, int] = {}
+        self._over = False
+
+    @property
+    def metrics(self) -> dict[str, TimeDecayStatistics]:
+        """Those of the last epoch by name; they start anew with the first reading of the next.
+
+        A module that was measured exactly by layer and direction is here in no other way.
+        """
+        split = {(label, module) for label, module, part in self._metrics if part}
+        return {
+            "/".join(filter(None, key)): metric
+            for key, metric in self._metrics.items()
+            if key[2] or key[:2] not in split
+        }
+
+    def add(self, engine: GuardEngine) -> None:
+        """Take in the readings of ``engine`` that are new."""
+        label = engine.recorder.label
+        for reading in engine.recorder.readings_since(self._last_step.get(label, -1)):
+            self._last_step[label] = reading.step
+            self._metric((label, reading.module, reading.part)).update(reading)
+
+    def compute(self) -> dict[str, float]:
+        """``grad_time/<module>/decay_rate_epoch`` and ``…/horizon_epoch``, and start anew."""
+        self._over = True
+        values = {}
+        metrics = self.metrics
+        alone = modules_of_one_part(metrics)
+        for name, metric in metrics.items():
+            result = metric.compute()
+            for field in ("decay_rate", "horizon"):
+                key = metric_key("grad_time", alone.get(name, name), f"{field}_epoch")
+                values[key] = result[field].item()
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+    def _metric(self, key: tuple[str, str, str]) -> TimeDecayStatistics:
+        if self._over:
+            self._metrics, self._over = {}, False
+        if key not in self._metrics:
+            # Every rank reads its own sequences, at steps of its own.
+            self._metrics[key] = TimeDecayStatistics(sync_on_compute=False)
+        return self._metrics[key]

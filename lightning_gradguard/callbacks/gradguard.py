@@ -19,6 +19,7 @@ from lightning_gradguard.respond import (
     SkipBadSteps,
     UpdateCap,
 )
+from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 
 
 class GradGuard(EngineCallback):
@@ -38,6 +39,15 @@ class GradGuard(EngineCallback):
             ``None``, the whole path.
         events: Whether to append findings and actions to ``gradguard/events.jsonl`` in the run's
             log directory. Default ``True``.
+        timesteps: Modules whose gradient is measured through time. Default ``"auto"``: recurrent
+            modules and attention encoders, wherever they are. Also names or patterns, as in
+            ``["encoder.*"]``; names with the time axis of the module's output, for modules of other
+            types, as in ``{"tcn": 2}``; or ``None`` for none.
+        exact_every_n_steps: Steps between exact measurements of recurrent modules. Default 200:
+            each costs up to two training steps, so that is at most 1% of the run. In between, every
+            25 steps, the gradient of their input is measured, which costs next to nothing.
+        preflight: Whether to measure the first batch before the first step and print a table, see
+            :func:`lightning_gradguard.preflight`. Default ``False``.
         thresholds: What counts as a finding.
 
     Raises:
@@ -59,9 +69,18 @@ class GradGuard(EngineCallback):
         backoff: LearningRateBackoff | None = LearningRateBackoff(),
         layer_depth: int | None = None,
         events: bool = True,
+        timesteps: Literal["auto"] | list[str] | dict[str, int] | None = "auto",
+        exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
+        preflight: bool = False,
         thresholds: Thresholds = Thresholds(),
     ) -> None:
-        super().__init__(layer_depth, events=events)
+        super().__init__(
+            layer_depth,
+            events=events,
+            timesteps=timesteps,
+            exact_every_n_steps=exact_every_n_steps,
+            preflight=preflight,
+        )
         check_choice("mode", mode, ("protect", "observe"))
         for name, value, kind in (
             ("clip", clip, AdaptiveClip),
@@ -90,6 +109,8 @@ class GradGuard(EngineCallback):
             cap=self.cap,
             skip=self.skip,
             backoff=self.backoff,
+            timesteps=self.timesteps,
+            exact_every_n_steps=self.exact_every_n_steps,
             thresholds=self.thresholds,
             recorder=recorder,
         )

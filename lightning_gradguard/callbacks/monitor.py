@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lightning.pytorch import LightningModule
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -11,6 +13,7 @@ from lightning_gradguard.callbacks.base import EngineCallback
 from lightning_gradguard.diagnose import Thresholds
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record import Recorder
+from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 
 
 class GradientMonitor(EngineCallback):
@@ -25,6 +28,15 @@ class GradientMonitor(EngineCallback):
             ``None``, the whole path.
         events: Whether to append findings to ``gradguard/events.jsonl`` in the run's log
             directory. Default ``True``.
+        timesteps: Modules whose gradient is measured through time. Default ``"auto"``: recurrent
+            modules and attention encoders, wherever they are. Also names or patterns, as in
+            ``["encoder.*"]``; names with the time axis of the module's output, for modules of other
+            types, as in ``{"tcn": 2}``; or ``None`` for none.
+        exact_every_n_steps: Steps between exact measurements of recurrent modules. Default 200:
+            each costs up to two training steps, so that is at most 1% of the run. In between, every
+            25 steps, the gradient of their input is measured, which costs next to nothing.
+        preflight: Whether to measure the first batch before the first step and print a table, see
+            :func:`lightning_gradguard.preflight`. Default ``False``.
         thresholds: What counts as a finding.
 
     Raises:
@@ -42,9 +54,18 @@ class GradientMonitor(EngineCallback):
         self,
         layer_depth: int | None = None,
         events: bool = True,
+        timesteps: Literal["auto"] | list[str] | dict[str, int] | None = "auto",
+        exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
+        preflight: bool = False,
         thresholds: Thresholds = Thresholds(),
     ) -> None:
-        super().__init__(layer_depth, events=events)
+        super().__init__(
+            layer_depth,
+            events=events,
+            timesteps=timesteps,
+            exact_every_n_steps=exact_every_n_steps,
+            preflight=preflight,
+        )
         check_type("thresholds", thresholds, Thresholds, "a Thresholds")
         self.thresholds = thresholds
 
@@ -53,7 +74,13 @@ class GradientMonitor(EngineCallback):
         self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
     ) -> GuardEngine:
         return GuardEngine(
-            model, optimizer, mode="observe", thresholds=self.thresholds, recorder=recorder
+            model,
+            optimizer,
+            mode="observe",
+            timesteps=self.timesteps,
+            exact_every_n_steps=self.exact_every_n_steps,
+            thresholds=self.thresholds,
+            recorder=recorder,
         )
 
     @property

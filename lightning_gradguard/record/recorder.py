@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record.history import History, StepRecord
 from lightning_gradguard.respond.actions import Action, ActionKind
 
@@ -22,6 +25,8 @@ _LEVELS = {
 # A skip is worth a line the first time; a hundred lines for a hundred NaN batches help nobody.
 _CONSOLE_ONCE = {ActionKind.SKIP, ActionKind.TIGHTEN, ActionKind.BACK_OFF, ActionKind.RECOVER}
 _MAX_KEPT = 1000
+# Of 256 bins each, about 4 MB.
+_MAX_READINGS = 1000
 
 
 class Recorder:
@@ -44,6 +49,8 @@ class Recorder:
         self.actions: list[Action] = []
         self.last: StepRecord | None = None
         self._history = History(max_rows)
+        self._readings: deque[TimeReading] = deque(maxlen=_MAX_READINGS)
+        self._latest: dict[str, TimeReading] = {}
         self._told: set[ActionKind] = set()
 
     @property
@@ -51,10 +58,38 @@ class Recorder:
         """The last steps, oldest first."""
         return self._history.rows
 
+    @property
+    def readings(self) -> list[TimeReading]:
+        """The last readings through time, oldest first."""
+        return list(self._readings)
+
+    def readings_since(self, step: int) -> list[TimeReading]:
+        """Readings through time of later steps than ``step``, oldest first."""
+        newer: list[TimeReading] = []
+        for reading in reversed(self._readings):
+            if reading.step <= step:
+                break
+            newer.append(reading)
+        return newer[::-1]
+
+    @property
+    def latest_readings(self) -> list[TimeReading]:
+        """The newest reading of each module, layer and direction.
+
+        A module that was measured exactly by layer and direction has no other reading here.
+        """
+        parts = {r.module for r in self._latest.values() if r.part}
+        return [r for r in self._latest.values() if r.part or r.module not in parts]
+
     def step(self, row: StepRecord) -> None:
         """Record one optimizer step."""
         self.last = row
         self._history.append(row)
+
+    def time(self, readings: Sequence[TimeReading]) -> None:
+        """Record readings through time."""
+        self._readings.extend(readings)
+        self._latest.update({reading.name: reading for reading in readings})
 
     def finding(self, finding: Finding) -> None:
         """Record a finding that opened."""

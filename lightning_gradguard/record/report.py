@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.record.time_table import format_time_table
 from lightning_gradguard.respond.actions import Action, ActionKind
 
 _MAX_LINES = 20
@@ -17,6 +19,7 @@ def format_report(
     actions: Sequence[Action],
     counts: dict[str, int],
     label: str = "",
+    time: Sequence[TimeReading] = (),
 ) -> str:
     """A short plain-text report: a verdict, the findings with remedies, what was done.
 
@@ -25,6 +28,7 @@ def format_report(
         actions: In the order in which they were taken.
         counts: Running counts by name.
         label: Name of the optimizer where there are several.
+        time: The newest readings through time.
     """
     title = f"GradGuard report ({label})" if label else "GradGuard report"
     lines = [title, _verdict(findings, counts)]
@@ -37,6 +41,9 @@ def format_report(
     if actions:
         lines.append("What the guard did:")
         lines += [f"  {line}" for line in action_lines(actions)]
+    if time:
+        lines.append("How far the gradient reaches back through time:")
+        lines += [f"  {line}" for line in format_time_table(time).splitlines()]
     return "\n".join(lines)
 
 
