@@ -46,17 +46,19 @@ def _row(reading: TimeReading) -> tuple[str, ...]:
         reading.name,
         str(reading.timesteps),
         rate if known else "-",
-        _steps(reading.half_life) if known else "-",
+        _half_life(reading) if known else "-",
         _reach(reading) if known else "-",
         recency,
         reading.source,
     )
 
 
-def _steps(steps: float) -> str:
+def _half_life(reading: TimeReading) -> str:
+    steps = reading.half_life
     if steps > _LONG:
         return "-"
-    return f"{steps:.1f}" if steps < 100 else f"{steps:.0f}"
+    number = f"{steps:.1f}" if steps < 100 else f"{steps:.0f}"
+    return number if reading.decay_rate < 0.0 else f"doubles in {number}"
 
 
 def _reach(reading: TimeReading) -> str:
