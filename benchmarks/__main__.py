@@ -14,6 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces each of
 
 COMMANDS = {
     "overhead": "what the guard and its peers cost per training step",
+    "timesteps": "what gradients through time cost, beside training and beside unrolled cells",
 }
 
 

@@ -78,12 +78,12 @@ def run(options: argparse.Namespace) -> int:
         "not_installed": [c.name for c in _wanted(options) if not c.installed],
     }
     started = time.perf_counter()
-    with _quiet(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+    with quiet(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         for part in options.parts:
             result[part] = _PARTS[part](options, Path(directory))
         finish_wandb()
     result["settings"]["seconds"] = round(time.perf_counter() - started)
-    _say("")
+    say("")
     print_tables(result)
     path = write_json(result, options.output)
     print(f"\n{path}")
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leave out the advice that Lightning has for real runs, once for each of many Trainers."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -122,7 +122,7 @@ def _measure_time(options: argparse.Namespace, directory: Path) -> dict[str, Any
             optimizer=options.optimizer,
             device=options.device,
             directory=directory / "time" / workload.name,
-            say=_say,
+            say=say,
         )
         finish_wandb()
         measured[workload.name] = {
@@ -137,7 +137,7 @@ def _measure_memory(options: argparse.Namespace, directory: Path) -> dict[str, A
     for workload in _workloads(options):
         measured[workload.name] = {}
         for contender in _contenders(workload, options):
-            _say(f"{workload.name}: memory of {contender.name}")
+            say(f"{workload.name}: memory of {contender.name}")
             measured[workload.name][contender.name] = peak_memory(
                 workload,
                 contender,
@@ -157,7 +157,7 @@ def _count(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
             workload = counting_workload(tensors)
             counts = {}
             for contender in _contenders(workload, options):
-                _say(f"counting {contender.name}, {tensors} tensors, {optimizer}")
+                say(f"counting {contender.name}, {tensors} tensors, {optimizer}")
                 counts[contender.name] = count_steps(
                     workload,
                     contender,
@@ -203,7 +203,7 @@ def _schedule(workload: Workload, options: argparse.Namespace) -> Schedule:
     return HEAVY_ON_CPU if workload.heavy and options.device == "cpu" else FULL
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Show what is under way, on one line that the next one overwrites."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

@@ -40,10 +40,10 @@ def peak_memory(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.fit(module, feed)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    return weights + _peak(profiler)
+    return weights + peak(profiler)
 
 
-def _peak(profiler: profile) -> int:
+def peak(profiler: profile) -> int:
     kineto = profiler.profiler.kineto_results if profiler.profiler else None
     if kineto is None:
         raise RuntimeError("the profiler kept no events")

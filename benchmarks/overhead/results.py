@@ -57,7 +57,7 @@ def _print_time(result: Mapping[str, Any]) -> None:
             cells.append(_ratio(entry[clock]) if entry else "-")
         rows.append([shown_name(name), *cells])
     title = f"Time, ratio to a bare Trainer ({clock} time): median [quartiles] with logging"
-    _print_table(title, ["", *workloads], rows)
+    print_table(title, ["", *workloads], rows)
 
 
 def _ratio(summary: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def _print_memory(result: Mapping[str, Any]) -> None:
                 cells.append(f"{peaks[name] / peaks[BARE]:.3f}")
         rows.append([shown_name(name), *cells])
     title = "Peak memory, ratio to a bare Trainer (first steps included)"
-    _print_table(title, ["", *workloads], rows)
+    print_table(title, ["", *workloads], rows)
 
 
 def _print_counts(result: Mapping[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _print_counts(result: Mapping[str, Any]) -> None:
             cells.append(_counts(entry) if entry else "-")
         rows.append([shown_name(name), *cells])
     title = "Added to a healthy step: aten calls / host reads (most in any counted step)"
-    _print_table(title, ["", *(f"{o} {n}" for o, n in columns)], rows)
+    print_table(title, ["", *(f"{o} {n}" for o, n in columns)], rows)
 
 
 def _counts(entry: Mapping[str, float]) -> str:
@@ -108,7 +108,7 @@ def _names(by_workload: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in CONTENDERS if any(name in row for row in by_workload.values())]
 
 
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     print(f"\n{title}")
     for row in [header, *rows]:
