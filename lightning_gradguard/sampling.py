@@ -20,11 +20,10 @@ logger = logging.getLogger("lightning_gradguard")
 # What to watch: all that is found, names or patterns, or names with their time axis.
 TimeModules = Literal["auto"] | Sequence[str] | Mapping[str, int]
 
-# An exact measurement costs up to two training steps: every 200 steps, that is 1% of the run.
-EXACT_EVERY_N_STEPS = 200
-# The cheap measurement costs 1 to 5% of a step, and 10% where a wide input would need no gradient
-# without it: on one step of 25 that is less than half a percent of the run.
-_CHEAP_EVERY_N_STEPS = 25
+# Of the run, both together are at most 1% (`python -m benchmarks timesteps`): an exact measurement
+# costs 0.6 to 1.6 training steps, a cheap one with its reading up to a quarter of one.
+EXACT_EVERY_N_STEPS = 300
+CHEAP_EVERY_N_STEPS = 50
 # Steps between two exact measurements that a detector has asked for.
 _LEAST_GAP = 20
 
@@ -33,7 +32,7 @@ class TimeSampler:
     """Runs a probe over the training of one optimizer.
 
     Exact measurements are made on the first step, every ``exact_every_n_steps`` steps, and on the
-    next one once :meth:`request` has been called; the cheap one every 25 steps in between. On all
+    next one once :meth:`request` has been called; the cheap one every 50 steps in between. On all
     other steps the hooks sleep.
 
     Args:
@@ -42,6 +41,7 @@ class TimeSampler:
         modules: What to watch.
         exact_every_n_steps: Steps between exact measurements.
         delay: Steps until a reading is on the host.
+        silent: Do not say what cannot be watched (for all ranks but one).
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -55,6 +55,8 @@ class TimeSampler:
         modules: TimeModules,
         exact_every_n_steps: int,
         delay: int,
+        *,
+        silent: bool = False,
     ) -> None:
         check_number("exact_every_n_steps", exact_every_n_steps, at_least=1, integer=True)
         self.exact_every_n_steps = exact_every_n_steps
@@ -65,6 +67,7 @@ class TimeSampler:
         self._delay = delay
         self._late: deque[_Late] = deque()
         self._told: set[str] = set()
+        self._silent = silent
         self.active = bool(self._probe.names)
         self._announce()
         self._arm()
@@ -72,7 +75,7 @@ class TimeSampler:
     def _arm(self) -> None:
         """Prepare for the forward passes of the next step."""
         self._probe.exact = self._upcoming >= self._next_exact
-        self._probe.watching = self._probe.exact or self._upcoming % _CHEAP_EVERY_N_STEPS == 0
+        self._probe.watching = self._probe.exact or self._upcoming % CHEAP_EVERY_N_STEPS == 0
 
     def request(self, step: int) -> None:
         """Ask for an exact measurement soon after ``step``."""
@@ -128,10 +131,10 @@ class TimeSampler:
         self.close()
 
     def _announce(self) -> None:
-        for name, reason in self._probe.unwatched.items():
-            if name not in self._told:
-                self._told.add(name)
-                logger.info("%s", reason)
+        new = {n: reason for n, reason in self._probe.unwatched.items() if n not in self._told}
+        self._told.update(new)
+        if new and not self._silent:
+            logger.warning("Not watched through time: %s.", "; ".join(new.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues at the same steps."""
