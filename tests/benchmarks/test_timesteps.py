@@ -213,8 +213,8 @@ def test_the_share_of_a_run_counts_each_measurement_as_often_as_it_is_made() -> 
         "exact": {"lstm": {"exact": _summary(3.251)}},
     }
 
-    # 0.1 % on each step, a quarter of a step more on each 25th, two steps more on each 200th.
-    assert share_of_run(result) == {"lstm": {"data": pytest.approx(0.1 + 1.0 + 1.0)}}
+    # 0.1 % on each step, a quarter of a step more on each 50th, two steps more on each 300th.
+    assert share_of_run(result) == {"lstm": {"data": pytest.approx(0.1 + 0.5 + 2 / 3)}}
     del result["exact"]
     assert share_of_run(result) == {}
 
