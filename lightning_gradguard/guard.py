@@ -28,7 +28,7 @@ from lightning_gradguard.diagnose import (
     default_detectors,
     time_detectors,
 )
-from lightning_gradguard.measure import GradNorms, NormMeter
+from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.pipeline import Outcome, Pipeline
@@ -45,8 +45,9 @@ from lightning_gradguard.respond.agreement import Agreement
 from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs_fused
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
-from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
+from lightning_gradguard.respond.update_bounds import UpdateBound
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules, TimeSampler
+from lightning_gradguard.watched import WatchedParameters
 
 logger = logging.getLogger("lightning_gradguard")
 
@@ -266,23 +267,23 @@ class GuardEngine:
 
         Of sharded tensors, gradients and weights are measured by all ranks together.
         """
-        norms = self._meter.measure() if self._sharded else None
-        self._agreement.send_failure(torch.stack([self._zero] * 3))
-        if norms is not None and self._bound is not None:
-            self._bound.signal(norms)
+        norms = self._watched.meter.measure() if self._sharded else None
+        self._agreement.send_failure(self._watched.failure())
+        if norms is not None and self._watched.bound is not None:
+            self._watched.bound.signal(norms)
 
     def _before_step(
         self, loss: Tensor | float | None, scaler: torch.amp.GradScaler | None
     ) -> None:
         self._agreement.begin()
         self._abandon()
-        if _parameter_count(self._optimizer) != len(self._watched):
+        if not self._watched.current:
             self._watch_parameters()
-        norms = self._meter.measure()
+        norms = self._watched.meter.measure()
         if scaler is not None and self._fused:  # its gradients are unscaled inside the kernel
             scale = scaler.get_scale()
             norms = replace(norms, values=norms.values / scale, total=norms.total / scale)
-        head = self._agreement.reach(self._head(norms.total, loss))
+        head = self._agreement.reach(self._watched.head(norms.total, loss))
         if not any(norms.present):
             return
         self.last_norms = norms
@@ -294,16 +295,16 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(outcome, lambda: norms.parameters, self._bound, time)
-        signal = self._bound.signal(norms) if self._bound is not None else None
+        self._current = step = _Step(outcome, lambda: norms.parameters, self._watched.bound, time)
+        signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, seen = act(
             step, head if signal is None else torch.cat([head, signal.to(head)])
         )
         if self.active and self._pipeline.ladder is not None and not step.dropped:
             self._rate.apply(outcome.plan.lr_scale)
-            if self._bound is not None:
-                self._bound.before_step(outcome.plan.max_ratio, coefficient, seen)
+            if self._watched.bound is not None:
+                self._watched.bound.before_step(outcome.plan.max_ratio, coefficient, seen)
 
     def _act_on_host(self, step: _Step, values: Tensor) -> tuple[float, list[float]]:
         """Decide from values read now: the one host read of a healthy step."""
@@ -319,7 +320,7 @@ class GuardEngine:
             plan = step.outcome.plan
             if self._fused:  # its scaler has yet to look at the gradients, and they must be there
                 plan = replace(plan, may_skip=False)
-            coefficient = apply_on_host(plan, total, self._meter.parameters)
+            coefficient = apply_on_host(plan, total, self._watched.meter.parameters)
         step.outcome = step.outcome.seen(total, loss, coefficient)
         return coefficient, signal
 
@@ -328,7 +329,7 @@ class GuardEngine:
         if self._pipeline.ladder is not None:
             coefficient = self._controls.apply(step.outcome.plan, values[0])
         else:
-            coefficient = self._one
+            coefficient = self._watched.one
         step.on_device = (coefficient.view(1).to(values), values)
         signal, self._late_signal = self._late_signal, []
         return coefficient, signal
@@ -343,14 +344,14 @@ class GuardEngine:
         self._release()
         capped: int | Tensor = 0
         large: int | Tensor = 0
-        if self._bound is not None and not step.dropped:
-            capped, large = self._bound.after_step(), self._bound.large
+        if self._watched.bound is not None and not step.dropped:
+            capped, large = self._watched.bound.after_step(), self._watched.bound.large
         if not isinstance(capped, Tensor) and not isinstance(large, Tensor):
             if capped or large:
                 step.outcome = replace(step.outcome, capped=capped, large=large)
-            capped = large = self._zero
+            capped = large = self._watched.zero
         if step.on_device is None:
-            if capped is not self._zero:
+            if capped is not self._watched.zero:
                 step.outcome = replace(step.outcome, capped=int(capped), large=int(large))
             self._take(step, step.outcome)
             return
@@ -365,7 +366,7 @@ class GuardEngine:
     def _take_late(self, step: _Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
         capped, large, coefficient, total, loss, failed, *signal = values
-        if step.bound is self._bound:  # else a group was added since
+        if step.bound is self._watched.bound:  # else a group was added since
             self._late_signal = signal
         if failed > 0:
             self._agreement.learn_of_failure()
@@ -394,43 +395,12 @@ class GuardEngine:
             else:
                 self.step = step.outcome.number
 
-    # -- what is watched -------------------------------------------------------------------------
-
     def _watch_parameters(self) -> None:
-        """Follow the optimizer's parameters as they are now; groups can be added at any time."""
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        self._watched = [p for group in self._optimizer.param_groups for p in group["params"]]
-        named = [(names.get(id(p), f"parameter_{i}"), p) for i, p in enumerate(self._watched)]
-        self._meter = NormMeter(named)
-        parameters = self._meter.parameters
-        device = parameters[0].device if parameters else torch.device("cpu")
-        self._zero, self._one = torch.zeros((), device=device), torch.ones((), device=device)
-        self._no_loss = torch.full((), math.nan, device=device)
-        self._pipeline.tensors = len(parameters)
-        self._bound: UpdateBound | None = None
-        one_device = len({parameter.device for parameter in parameters}) == 1
-        if self._cap is not None and parameters and not one_device:
-            logger.warning(
-                "GradGuard leaves out the cap on updates: parameters are on several devices."
-            )
-        if self._cap is not None and one_device:
-            self._bound = make_bound(
-                self._optimizer,
-                parameters,
-                on_device=self._fused,
-                large_ratio=self._cap.large_ratio,
-            )
+        self._watched = WatchedParameters(
+            self._model, self._optimizer, self._cap, on_device=self._fused
+        )
+        self._pipeline.tensors = len(self._watched.meter.parameters)
         self._late_signal = []
-
-    def _head(self, total: Tensor, loss: Tensor | float | None) -> Tensor:
-        """(3,) gradient norm, loss (NaN if there is none), room for the flag of a failed rank.
-
-        In float32 whatever the model is in, so that a rank that has failed knows what to send.
-        """
-        zero = self._zero
-        value = self._no_loss if loss is None else loss
-        value = value.detach().to(zero) if isinstance(value, Tensor) else zero.new_tensor(value)
-        return torch.stack([total.to(zero), value.view(()), zero])
 
     # -- failure and end -------------------------------------------------------------------------
 
@@ -451,7 +421,7 @@ class GuardEngine:
             exc_info=error,
         )
         if error is not None:
-            self._agreement.fail(torch.stack([self._zero] * 3))
+            self._agreement.fail(self._watched.failure())
 
     def _release(self) -> None:
         """Put back what was set on the optimizer for one step."""
@@ -462,7 +432,7 @@ class GuardEngine:
         """Take everything off because of an error around the engine, and tell the other ranks."""
         if self.active:
             self.abort()
-            self._agreement.fail(torch.stack([self._zero] * 3))
+            self._agreement.fail(self._watched.failure())
 
     def abort(self) -> None:
         """Take everything off the optimizer at once, whatever state the guard is in."""
@@ -473,7 +443,9 @@ class GuardEngine:
         if self._time is not None:
             self._time.close()
         if not self._sharded:
-            self._bound = None  # it may hold copies of weights, which the run may need room for
+            self._watched.bound = (
+                None  # it may hold copies of weights, which the run may need room for
+            )
 
     def close(self) -> None:
         """Take everything off the optimizer; the engine can still be asked what happened."""
@@ -494,10 +466,10 @@ class GuardEngine:
         return {
             "step": self.step,
             "pipeline": self._pipeline.state_dict(),
-            "bound": self._bound.state_dict() if self._bound is not None else None,
+            "bound": self._watched.bound.state_dict() if self._watched.bound is not None else None,
             "late_signal": list(self._late_signal),
             "late": [self._late_to_dict(*entry) for entry in self._late.drain()],
-            "tensors": len(self._meter.names),
+            "tensors": len(self._watched.meter.names),
             "time": self._time.state_dict() if self._time is not None else None,
         }
 
@@ -515,8 +487,8 @@ class GuardEngine:
         """Continue from a saved state."""
         self.step = int(state["step"])
         self._pipeline.load_state_dict(state["pipeline"])
-        same = state["tensors"] == len(self._meter.names)
-        bound = self._bound if same else None
+        same = state["tensors"] == len(self._watched.meter.names)
+        bound = self._watched.bound if same else None
         self._late.refill(
             [
                 (
@@ -536,7 +508,3 @@ class GuardEngine:
             bound.load_state_dict(state["bound"])
         if self._time is not None and state["time"] is not None:
             self._time.load_state_dict(state["time"], self.step)
-
-
-def _parameter_count(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)

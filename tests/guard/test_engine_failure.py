@@ -52,7 +52,7 @@ def test_an_error_in_any_part_turns_the_guard_off_and_nothing_else(
     loop = Loop(MAKERS[name], clip=None, cap=None, skip=None)
     if "Bound" in owner.__name__:
         loop = Loop(MAKERS[name], clip=None, skip=None)
-        if type(loop.guard._bound) is not owner:
+        if type(loop.guard._watched.bound) is not owner:
             pytest.skip("of the other family")
     rate = loop.optimizer.param_groups[0]["lr"]
     loop.guard._pipeline.ladder.rate.scale = 0.5  # so that there is something to restore
