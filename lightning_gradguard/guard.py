@@ -166,11 +166,10 @@ class GuardEngine:
         )
         self._time: TimeSampler | None = None
         if timesteps is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             delay = DEVICE_DELAY if self._fused else 0
             self._time = TimeSampler(
                 model,
-                parameters,
+                _parameters(optimizer),
                 timesteps,
                 exact_every_n_steps,
                 delay,
@@ -257,6 +256,21 @@ class GuardEngine:
             with self._containment():
                 self._agreement.make_equal(self._optimizer)
 
+    def pause_time(self) -> None:
+        """Do not watch forward and backward passes until :meth:`resume_time`."""
+        if self._time is not None:
+            self._time.pause()
+
+    def resume_time(self) -> None:
+        """Watch them again."""
+        if self._time is not None:
+            self._time.resume()
+
+    @property
+    def watched_in_time(self) -> tuple[str, ...]:
+        """Paths of the modules that are watched through time."""
+        return self._time.names if self._time is not None else ()
+
     def discard_time(self) -> None:
         """Forget what backward passes since the last step have shown of the way through time."""
         if self._time is not None:
@@ -279,6 +293,8 @@ class GuardEngine:
         self._abandon()
         if not self._watched.current:
             self._watch_parameters()
+            if self._time is not None:
+                self._time.follow(_parameters(self._optimizer))
         norms = self._watched.meter.measure()
         if scaler is not None and self._fused:  # its gradients are unscaled inside the kernel
             scale = scaler.get_scale()
@@ -287,7 +303,9 @@ class GuardEngine:
         if not any(norms.present):
             return
         self.last_norms = norms
-        time = self._time.sample(self.step) if self._time is not None else ()
+        time: tuple[TimeReading, ...] = ()
+        if self._time is not None:
+            time = self._time.sample(self.step, scaler.get_scale() if scaler is not None else 1.0)
         outcome = Outcome(
             self.step,
             self._pipeline.plan,
@@ -496,7 +514,7 @@ class GuardEngine:
                         Outcome.from_dict(entry["outcome"]),
                         partial(dict, entry["norms"]),
                         bound,
-                        tuple(TimeReading.from_dict(reading) for reading in entry["time"]),
+                        tuple(TimeReading.from_dict(reading) for reading in entry.get("time", ())),
                     ),
                     list(entry["values"]),
                 )
@@ -506,5 +524,10 @@ class GuardEngine:
         self._late_signal = list(state["late_signal"]) if same else []
         if bound is not None and state["bound"] is not None:
             bound.load_state_dict(state["bound"])
-        if self._time is not None and state["time"] is not None:
-            self._time.load_state_dict(state["time"], self.step)
+        time = state.get("time")  # of an earlier version there is none
+        if self._time is not None and time is not None:
+            self._time.load_state_dict(time, self.step)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,16 +25,20 @@ TimeModules = Literal["auto"] | Sequence[str] | Mapping[str, int]
 # costs 0.6 to 1.6 training steps, a cheap one with its reading up to a quarter of one.
 EXACT_EVERY_N_STEPS = 300
 CHEAP_EVERY_N_STEPS = 50
-# Steps between two exact measurements that a detector has asked for.
+# Steps between two exact measurements that a detector has asked for, and that a cheap one has:
+# early in training rates change all the time, and the one percent must hold there too.
 _LEAST_GAP = 20
+_DRIFT_GAP = 150
+# Share of its rate by which a module has to have changed to be worth an exact measurement.
+_DRIFT = 0.25
 
 
 class TimeSampler:
     """Runs a probe over the training of one optimizer.
 
-    Exact measurements are made on the first step, every ``exact_every_n_steps`` steps, and on the
-    next one once :meth:`request` has been called; the cheap one every 50 steps in between. On all
-    other steps the hooks sleep.
+    Exact measurements are made on the first step, every ``exact_every_n_steps`` steps, on the next
+    one once :meth:`request` has been called, and when the cheap one, every 50 steps in between, has
+    drifted from the last. On all other steps the hooks sleep.
 
     Args:
         model: The model.
@@ -60,6 +65,7 @@ class TimeSampler:
     ) -> None:
         check_number("exact_every_n_steps", exact_every_n_steps, at_least=1, integer=True)
         self.exact_every_n_steps = exact_every_n_steps
+        self._model, self._modules = model, modules
         self._probe = TimestepProbe(model, modules, parameters=parameters, on_error=self._fail)
         self._next_exact = 0
         self._last_exact = -_LEAST_GAP
@@ -68,9 +74,35 @@ class TimeSampler:
         self._late: deque[_Late] = deque()
         self._told: set[str] = set()
         self._silent = silent
-        self.active = bool(self._probe.names)
+        self._references: dict[str, tuple[float, float]] = {}
+        self.active = True
         self._announce()
         self._arm()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of the watched modules."""
+        return self._probe.names
+
+    def follow(self, parameters: Collection[nn.Parameter]) -> None:
+        """Watch the modules of other parameters: groups can be added at any time."""
+        if self.active:
+            self._probe.close()
+            self._probe = TimestepProbe(
+                self._model, self._modules, parameters=parameters, on_error=self._fail
+            )
+            self._announce()
+            self._arm()
+
+    def pause(self) -> None:
+        """See nothing until :meth:`resume`: evaluation may take gradients too."""
+        self._probe.watching = False
+
+    def resume(self) -> None:
+        """See the forward passes of the next step again."""
+        if self.active:
+            self._probe.discard()
+            self._arm()
 
     def _arm(self) -> None:
         """Prepare for the forward passes of the next step."""
@@ -83,18 +115,30 @@ class TimeSampler:
         self._next_exact = min(self._next_exact, due)
         self._arm()
 
-    def sample(self, step: int) -> tuple[TimeReading, ...]:
+    def sample(self, step: int, scale: float = 1.0) -> tuple[TimeReading, ...]:
         """Take what the backward passes of ``step`` have left; returns the readings that are due.
 
         Call it before the weights change: the exact measurement needs those of the forward pass.
+
+        Args:
+            step: The step.
+            scale: By what the gradients were multiplied, as by a gradient scaler.
         """
         if not self.active:
             return ()
+        try:
+            return self._sample(step, scale)
+        except Exception as error:  # noqa: BLE001 - the rest of the guard goes on
+            self._fail(error)
+            return ()
+
+    def _sample(self, step: int, scale: float) -> tuple[TimeReading, ...]:
         exact = self._probe.exact
         if self._probe.watching:
-            self._late.append(_OnItsWay(step, self._probe.collect()))
+            self._late.append(_OnItsWay(step, self._probe.collect(), scale))
             self._announce()
         if exact:
+            self._references.clear()
             self._last_exact = step
             self._next_exact = step + self.exact_every_n_steps
         self._upcoming = step + 1
@@ -102,7 +146,29 @@ class TimeSampler:
         due: list[TimeReading] = []
         while self._late and self._late[0].step + self._delay <= step:
             due += self._late.popleft().readings()
+        drifted = [self._has_drifted(reading) for reading in due]
+        if any(drifted):
+            self.request(step)
         return tuple(due)
+
+    def _has_drifted(self, reading: TimeReading) -> bool:
+        """Whether a cheap reading is far from what was measured when it was last exact."""
+        if not math.isfinite(reading.decay_rate):
+            return False
+        error = reading.decay_error if math.isfinite(reading.decay_error) else 0.0
+        name = reading.module
+        if reading.source == "exact":
+            # Of several layers no one's rate is that of the module: begin with its next reading.
+            one = reading.part in ("", "l0") and name not in self._references
+            self._references[name] = (reading.decay_rate, error) if one else (math.nan, 0.0)
+            return False
+        rate, margin = self._references.setdefault(name, (math.nan, 0.0))
+        if math.isnan(rate):
+            self._references[name] = (reading.decay_rate, error)
+            return False
+        change = abs(reading.decay_rate - rate)
+        far = change > max(_DRIFT * abs(rate), error + margin, 1.0 / reading.timesteps)
+        return far and reading.step >= self._last_exact + _DRIFT_GAP
 
     def discard(self) -> None:
         """Forget what the backward passes since the last step have left."""
@@ -111,7 +177,11 @@ class TimeSampler:
     def drain(self) -> tuple[TimeReading, ...]:
         """Wait for the readings that are not due yet."""
         late, self._late = self._late, deque()
-        return tuple(reading for entry in late for reading in entry.readings())
+        try:
+            return tuple(reading for entry in late for reading in entry.readings())
+        except Exception as error:  # noqa: BLE001 - nothing else is to be lost with them
+            self._fail(error)
+            return ()
 
     def close(self) -> None:
         """Take all hooks off the model."""
@@ -141,6 +211,7 @@ class TimeSampler:
         return {
             "next_exact": self._next_exact,
             "last_exact": self._last_exact,
+            "references": {name: list(pair) for name, pair in self._references.items()},
             "late": [
                 {"step": entry.step, "readings": [r.to_dict() for r in entry.readings()]}
                 for entry in self._late
@@ -150,6 +221,7 @@ class TimeSampler:
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Continue from a saved state at ``step``."""
         self._next_exact, self._last_exact = state["next_exact"], state["last_exact"]
+        self._references = {name: (a, b) for name, (a, b) in state["references"].items()}
         self._late = deque(
             _Restored(late["step"], [TimeReading.from_dict(values) for values in late["readings"]])
             for late in state["late"]
@@ -168,14 +240,21 @@ class _Late(Protocol):
 
 
 class _OnItsWay:
-    def __init__(self, step: int, snapshot: Snapshot) -> None:
+    def __init__(self, step: int, snapshot: Snapshot, scale: float) -> None:
         self.step = step
         self._snapshot = snapshot
+        self._scale = scale
         self._values = PendingRead(snapshot.values)
 
     def readings(self) -> list[TimeReading]:
-        decoded = self._snapshot.decode(self._values.wait())
-        return [replace(reading, step=self.step) for reading in decoded]
+        return [
+            replace(
+                reading,
+                step=self.step,
+                profile=tuple(norm / self._scale for norm in reading.profile),
+            )
+            for reading in self._snapshot.decode(self._values.wait())
+        ]
 
 
 class _Restored:

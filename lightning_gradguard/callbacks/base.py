@@ -19,7 +19,7 @@ from lightning_gradguard._validation import check_number, check_type
 from lightning_gradguard.callbacks.epoch import EpochNorms, EpochTime
 from lightning_gradguard.callbacks.schedules import ScheduleHold
 from lightning_gradguard.diagnose import Finding, Severity
-from lightning_gradguard.dry_run import preflight
+from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.measure import TimestepProbe
 from lightning_gradguard.readings import TimeReading
@@ -98,6 +98,7 @@ class EngineCallback(Callback):
         self.timesteps = timesteps
         self.exact_every_n_steps = exact_every_n_steps
         self.preflight = preflight
+        self.preflight_result: Preflight | None = None
         self._before_flight = False
         self.broken = False
         self._engines: list[GuardEngine] = []
@@ -227,6 +228,13 @@ class EngineCallback(Callback):
             if self.events and log_dir and trainer.is_global_zero and not trial_run:
                 recorder.events = EventLog(Path(log_dir) / "gradguard" / "events.jsonl")
             self._add_engine(pl_module, optimizer, recorder)
+        explicit = self.timesteps not in (None, "auto")
+        if explicit and not any(engine.watched_in_time for engine in self._engines):
+            logger.warning(
+                "timesteps=%r names no module that an optimizer trains: none is watched through "
+                "time.",
+                self.timesteps,
+            )
         self._restore()
 
     def _leader_among(self, callbacks: list[Callback]) -> EngineCallback | None:
@@ -256,16 +264,16 @@ class EngineCallback(Callback):
             self._run_preflight(trainer, pl_module, batch)
 
     def _run_preflight(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        modules = self.timesteps or ()
         try:
-            seen = preflight(pl_module, batch, modules=self.timesteps or (), verbose=False)
-        except ValueError as error:  # what it cannot be done for is no reason not to train
+            self.preflight_result = preflight(
+                pl_module, batch, modules=modules, verbose=trainer.is_global_zero
+            )
+        except Exception as error:  # noqa: BLE001 - no reason not to train
             logger.warning("%s leaves out the preflight: %s", type(self).__name__, error)
-            return
         finally:
             for engine in self._engines:
                 engine.discard_time()
-        if trainer.is_global_zero:
-            logger.info("%s", seen)
 
     @override
     @contained
@@ -342,6 +350,18 @@ class EngineCallback(Callback):
                 on_step=True,
                 on_epoch=False,
             )
+
+    @override
+    @contained
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for engine in self._engines:
+            engine.pause_time()
+
+    @override
+    @contained
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for engine in self._engines:
+            engine.resume_time()
 
     @override
     @contained

@@ -46,8 +46,9 @@ class GradGuard(EngineCallback):
         exact_every_n_steps: Steps between exact measurements of recurrent modules. Default 300:
             each costs 0.6 to 1.6 training steps. In between, every 50 steps, the gradient of their
             input is measured, which costs less; both together take at most 1% of the run.
-        preflight: Whether to measure the first batch before the first step and print a table, see
-            :func:`lightning_gradguard.preflight`. Default ``False``.
+        preflight: Whether to measure the first batch before the first step and print a table, which
+            is kept as ``preflight_result``, see :func:`lightning_gradguard.preflight`. Default
+            ``False``.
         thresholds: What counts as a finding.
 
     Raises:

@@ -125,7 +125,8 @@ class TimestepProbe:
             elif self._collected and not watch.seen:
                 reasons[watch.name] = (
                     f"{watch.name!r} was not seen in training so far: it is not used, or it runs "
-                    "inside a graph of torch.compile, in which hooks cannot measure"
+                    "without gradients, or inside a graph of torch.compile, where hooks cannot "
+                    "measure"
                 )
         return reasons
 

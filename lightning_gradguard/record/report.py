@@ -43,7 +43,7 @@ def format_report(
         lines += [f"  {line}" for line in action_lines(actions)]
     if time:
         lines.append("How far the gradient reaches back through time:")
-        lines += [f"  {line}" for line in format_time_table(time).splitlines()]
+        lines += [f"  {line}" for line in format_time_table(time, dated=True).splitlines()]
     return "\n".join(lines)
 
 

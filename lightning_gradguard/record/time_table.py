@@ -11,11 +11,12 @@ _HEADER = ("module", "T", "per step", "half-life", "reaches", "recent tenth", "f
 _LONG = 9999  # steps; from here on a number says nothing that "all" does not
 
 
-def format_time_table(readings: Sequence[TimeReading]) -> str:
+def format_time_table(readings: Sequence[TimeReading], *, dated: bool = False) -> str:
     """One line for each reading, and below the table what could not be measured, with the reason.
 
     Args:
         readings: In the order in which they should be read.
+        dated: Whether to say at which step each was made.
 
     Example:
         >>> rnn = TimeReading("rnn", "", "exact", "tanh", 50, 32, -0.2231, 0.004, 49, 0.71)
@@ -24,7 +25,10 @@ def format_time_table(readings: Sequence[TimeReading]) -> str:
         rnn     50  -0.223 ± 0.004        3.1  31 of 50           71%  exact
     """
     rows = [_HEADER, *(_row(reading) for reading in readings)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    if dated:
+        steps = ["at step", *(str(reading.step) for reading in readings)]
+        rows = [(*row, step) for row, step in zip(rows, steps, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_gradguard import GradGuard, GradientMonitor, GuardEngine
-from lightning_gradguard.measure import recurrent_adjoint
+from lightning_gradguard.measure import TimestepProbe, recurrent_adjoint
+from lightning_gradguard.measure.timesteps import Snapshot
 from tests.distributed import run_on_ranks
 from tests.models import assert_same_bits, loader, quiet_trainer
 
@@ -329,13 +330,14 @@ def test_each_optimizer_measures_its_own_modules(tmp_path: Path) -> None:
 
 
 def test_preflight_says_what_it_sees_before_the_first_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "lightning_gradguard"):
-        quiet_trainer(tmp_path, GradGuard(preflight=True)).fit(Reader(), loader(batches(3)))
-    text = "\n".join(record.getMessage() for record in caplog.records)
-    assert text.count("rnn/l0") >= 1
-    assert f"{T}" in text
+    guard = GradGuard(preflight=True)
+    quiet_trainer(tmp_path, guard).fit(Reader(), loader(batches(3)))
+    assert "rnn/l0" in capsys.readouterr().out
+    assert guard.preflight_result is not None
+    assert [r.name for r in guard.preflight_result.time] == ["rnn/l0"]
+    assert guard.time_readings[0].sequences == B  # what the preflight has seen does not count
 
 
 def test_a_preflight_that_is_not_possible_is_left_out_with_a_reason(
@@ -368,6 +370,172 @@ def train_on_ranks(root: str) -> tuple[list[tuple[int, str]], bool, list[float]]
     trainer.fit(model, loader(batches(6)[torch.distributed.get_rank() :: 2]))
     weights = [p.sum().item() for p in model.parameters()]
     return [(r.step, r.name) for r in guard.time_readings], guard.broken, weights
+
+
+def test_a_preflight_that_fails_is_no_reason_not_to_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Once(Reader):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    guard = GradGuard(preflight=True)
+    quiet_trainer(tmp_path, guard).fit(Once(), loader(batches(3)))
+    assert "leaves out the preflight: out of memory" in caplog.text
+    assert [len(guard.history), guard.broken, guard.preflight_result] == [3, False, None]
+
+
+def test_gradients_in_validation_are_not_those_of_training(tmp_path: Path) -> None:
+    class Attacked(Reader):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                inputs = batch[0][:5].requires_grad_()
+                torch.autograd.grad(self.rnn(inputs)[0].square().sum(), inputs)
+
+    guard, data = GradGuard(exact_every_n_steps=1), loader(batches(4))
+    quiet_trainer(tmp_path, guard, val_check_interval=1).fit(Attacked(), data, data)
+    assert [(r.step, r.source, r.timesteps) for r in guard.time_readings] == [
+        (step, "exact", T) for step in range(4)
+    ]
+
+
+def test_evaluation_does_not_end_the_watching_of_attention(tmp_path: Path) -> None:
+    class Encoder(Reader):
+        def __init__(self) -> None:
+            super().__init__(nn.TransformerEncoderLayer(16, 2, 16))
+            self.embed = nn.Linear(3, 16)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            hidden = self.rnn(self.embed(batch[0]))
+            return nn.functional.binary_cross_entropy_with_logits(self.head(hidden[-1]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    guard, data = GradGuard(exact_every_n_steps=3), loader(batches(8))
+    quiet_trainer(tmp_path, guard, val_check_interval=1).fit(Encoder(), data, data)
+    assert [r.step for r in guard.time_readings] == [0, 3, 6]
+
+
+def train(model: Any, optimizer: Any, engine: GuardEngine, steps: Any, change: Any = None) -> None:
+    for step, (inputs, _) in enumerate(batches(steps)):
+        if change is not None:
+            change(step)
+        optimizer.zero_grad()
+        loss = model(inputs)[0][-1].square().mean()
+        loss.backward()
+        engine.before_step(loss)
+        optimizer.step()
+    engine.close()
+
+
+def test_modules_whose_parameters_are_added_later_are_watched() -> None:
+    model = nn.ModuleDict({"first": nn.LSTM(3, 8), "second": nn.GRU(8, 4)})
+    optimizer = torch.optim.SGD(model["first"].parameters(), 0.1)
+    engine = GuardEngine(model, optimizer, exact_every_n_steps=1)
+
+    def both(inputs: Tensor) -> Any:
+        return model["second"](model["first"](inputs)[0])
+
+    def add(step: int) -> None:
+        if step == 2:
+            optimizer.add_param_group({"params": model["second"].parameters()})
+
+    assert engine.watched_in_time == ("first",)
+    train(both, optimizer, engine, 5, add)
+    assert engine.watched_in_time == ("first", "second")
+    assert {r.step for r in engine.time_readings if r.module == "second"} == {3, 4}
+    assert hooks_of(model) == 0
+
+
+def test_modules_that_nobody_trains_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class HeadOnly(Reader):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.head.parameters(), 0.1)
+
+    with caplog.at_level(logging.WARNING, "lightning_gradguard"):
+        guard = GradGuard(timesteps=["rnn"])
+        quiet_trainer(tmp_path, guard).fit(HeadOnly(), loader(batches(2)))
+    assert "timesteps=['rnn'] names no module that an optimizer trains" in caplog.text
+
+
+def test_a_cheap_reading_that_has_drifted_asks_for_an_exact_one() -> None:
+    model = nn.LSTM(3, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    engine = GuardEngine(model, optimizer, mode="observe")
+
+    def forget(step: int) -> None:
+        if step == 160:
+            with torch.no_grad():
+                model.bias_hh_l0[8:16] = -3.0
+
+    train(model, optimizer, engine, 260, forget)
+    exact = [r.step for r in engine.time_readings if r.source == "exact"]
+    assert exact == [0, 201]
+    rates = {r.step: r.decay_rate for r in engine.time_readings}
+    assert rates[201] < 2 * rates[0] < 0
+
+
+@pytest.mark.parametrize("where", ["collect", "decode"])
+def test_an_error_of_a_measurement_ends_the_watching_and_nothing_else(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    owner = {"collect": TimestepProbe, "decode": Snapshot}[where]
+    model = nn.LSTM(3, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    engine = GuardEngine(model, optimizer)
+    monkeypatch.setattr(owner, where, broken)
+    with caplog.at_level(logging.ERROR, "lightning_gradguard"):
+        train(model, optimizer, engine, 4)
+    assert len(engine.history) == 4
+    assert ["stops watching" in r.getMessage() for r in caplog.records] == [True]
+    assert hooks_of(model) == 0
+
+
+def test_a_state_from_before_there_was_time() -> None:
+    def make() -> tuple[nn.LSTM, Any, GuardEngine]:
+        model = nn.LSTM(3, 8)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        return model, optimizer, GuardEngine(model, optimizer)
+
+    model, optimizer, engine = make()
+    train(model, optimizer, engine, 4)
+    state = engine.state_dict()
+    del state["time"]
+    for late in state["late"]:
+        del late["time"]
+    model, optimizer, engine = make()
+    engine.load_state_dict(state)
+    train(model, optimizer, engine, 3)
+    assert engine.history[-1].step == 6
+
+
+def test_profiles_are_those_of_the_loss_and_not_of_the_scaled_one() -> None:
+    def profile(scale: float) -> tuple[float, ...]:
+        torch.manual_seed(0)
+        model = nn.LSTM(3, 8)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        engine = GuardEngine(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        loss = model(batches(1)[0][0])[0][-1].square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        engine.before_step(loss, scaler=scaler)
+        scaler.step(optimizer)
+        engine.close()
+        return engine.time_readings[0].profile
+
+    assert profile(1024.0) == pytest.approx(profile(1.0), rel=1e-5)
 
 
 @pytest.mark.slow
