@@ -70,12 +70,13 @@ def read_call(
     dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
     reader = _Reader(rnn, layout, dtype, weight.device)
     x_TBI = reader.sequence("input", sequences, rnn.input_size)
-    h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
-    if hx is not None and is_lstm != isinstance(hx, tuple):
+    is_pair = isinstance(hx, tuple | list) and len(hx) == 2
+    if hx is not None and (not is_pair if is_lstm else isinstance(hx, tuple | list)):
         raise TypeError(
             f"hx of {type(rnn).__name__} must be {'a pair (h_0, c_0)' if is_lstm else 'a tensor'}, "
             f"got {type(hx).__name__}"
         )
+    h0, c0 = hx if isinstance(hx, tuple | list) else (hx, None)
     width = rnn.proj_size or rnn.hidden_size
     outputs = width * (2 if rnn.bidirectional else 1)
     if grad_output is None:

@@ -57,7 +57,7 @@ class CallShape:
         """Length of each packed sequence, on the host."""
         if self.packed is None:
             return None
-        rows_B = torch.arange(self.sequences)
+        rows_B = torch.arange(self.sequences, device="cpu")  # as batch_sizes are
         return (self.packed.batch_sizes.unsqueeze(1) > rows_B).sum(0)
 
     def per_step(self, norms: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class CallShape:
     def _thinning(self) -> int:
         if self.batch_dim is None:
             return 1
-        return -(-self.timesteps * self.sequences // _MOST_NORMS)
+        return max(1, -(-self.timesteps * self.sequences // _MOST_NORMS))
 
     def every(self, stride: int) -> Rows:
         """Every ``stride``-th sequence."""
@@ -114,7 +114,8 @@ class Rows:
         if shape.packed is not None and stride > 1:
             sizes_T = shape.packed.batch_sizes
             starts_T = sizes_T.cumsum(0) - sizes_T
-            places_N = torch.arange(int(sizes_T.sum())) - starts_T.repeat_interleave(sizes_T)
+            rows_N = torch.arange(int(sizes_T.sum()), device="cpu")  # as batch_sizes are
+            places_N = rows_N - starts_T.repeat_interleave(sizes_T)
             self._index_N = (places_N % stride == 0).nonzero().squeeze(1)
             self._sizes_T = sizes_T.add(stride - 1).div(stride, rounding_mode="floor")
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_gradguard.measure._call_shape import CallShape, Rows
+from lightning_gradguard.measure._taps import is_plain
 
 RecurrentModule = nn.RNN | nn.LSTM | nn.GRU
 States = Tensor | tuple[Tensor, Tensor] | None
@@ -39,12 +41,13 @@ class Capture:
         rng_state: Of the generator before the call, if its dropout has to be replayed.
     """
 
-    def __init__(self, rnn: RecurrentModule, shape: CallShape, data: Tensor, hx: States) -> None:
+    def __init__(self, rnn: RecurrentModule, shape: CallShape, data: Tensor, hx: object) -> None:
         most = _MOST_STATES // (shape.timesteps * rnn.hidden_size)
         drops = rnn.training and rnn.dropout > 0 and rnn.num_layers > 1
         # A mask is drawn for all sequences, so it can only be drawn again for all of them.
         wanted = shape.sequences if drops else min(MOST_SEQUENCES, max(1, most))
-        self.refusal = _refusal(rnn, data, drops=drops, fits=wanted <= max(1, most))
+        refusal = _refusal(rnn, data, drops=drops, fits=wanted <= max(1, most))
+        self.refusal = refusal or _unknown_states(rnn, hx, shape.sequences)
         self.rows: Rows = shape.every(-(-shape.sequences // wanted))
         self.rng_state = torch.get_rng_state() if drops and not self.refusal else None
         self.grad_output: Tensor | None = None
@@ -55,13 +58,7 @@ class Capture:
         if self.refusal:
             return
         self.input = self.rows.data(data)
-        self.hx: States = (
-            hx
-            if hx is None
-            else tuple(map(self.rows.states, hx))  # type: ignore[assignment]
-            if isinstance(hx, tuple)
-            else self.rows.states(hx)
-        )
+        self.hx = self._states(hx)
         self._versions = _versions(rnn)
 
     def add_output(self, grad: Tensor) -> None:
@@ -74,9 +71,15 @@ class Capture:
         grad, before = self.rows.states(grad), self.grad_states[which]
         self.grad_states[which] = grad if before is None else before + grad
 
+    def _states(self, hx: object) -> States:
+        if isinstance(hx, tuple | list):
+            hidden, cell = hx
+            return self.rows.states(hidden), self.rows.states(cell)
+        return self.rows.states(hx) if isinstance(hx, Tensor) else None
+
     def why_not(self) -> str:
         """Why there is no exact measurement of this call; empty if there is one."""
-        refusal = self.refusal or special_weights(self._rnn)
+        refusal = self.refusal or _not_torchs_own(self._rnn)
         if refusal:
             return refusal
         if self.grad_output is None and all(grad is None for grad in self.grad_states):
@@ -89,9 +92,9 @@ class Capture:
 
 
 def _refusal(rnn: RecurrentModule, data: Tensor, *, drops: bool, fits: bool) -> str:
-    special = special_weights(rnn)
-    if special:
-        return special
+    foreign = _not_torchs_own(rnn)
+    if foreign:
+        return foreign
     if drops and data.device.type != "cpu":
         return (
             f"its dropout between layers cannot be replayed on {data.device.type}, where the "
@@ -100,6 +103,32 @@ def _refusal(rnn: RecurrentModule, data: Tensor, *, drops: bool, fits: bool) -> 
     if not fits:
         return "its dropout between layers can only be replayed for a whole batch, too large here"
     return ""
+
+
+def _unknown_states(rnn: RecurrentModule, hx: object, sequences: int) -> str:
+    if hx is None:
+        return ""
+    pair = isinstance(hx, tuple | list) and len(hx) == 2
+    states = list(hx) if isinstance(hx, tuple | list) else [hx]
+    known = pair == isinstance(rnn, nn.LSTM) and all(
+        is_plain(state) and (state.dim() == 2 or state.shape[1:2] == (sequences,))
+        for state in states
+    )
+    return "" if known else "the state that it was given is of an unknown kind"
+
+
+def _not_torchs_own(rnn: RecurrentModule) -> str:
+    """Why a call cannot be repeated from the arguments and the weights; empty if it can.
+
+    Nothing here may read a weight by its name: a parametrization computes it anew each time it is
+    read, and spectral_norm changes its buffers as it does.
+    """
+    kind = next(kind for kind in (nn.RNN, nn.LSTM, nn.GRU) if isinstance(rnn, kind))
+    if type(rnn).forward is not kind.forward or "forward" in vars(rnn):
+        return "its forward is not torch's own"
+    if is_parametrized(rnn):
+        return "its weights are parametrized: reading them once more may change them"
+    return special_weights(rnn)
 
 
 def special_weights(module: nn.Module) -> str:

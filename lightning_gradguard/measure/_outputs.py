@@ -92,7 +92,7 @@ class OutputWatch:
             return
         self.seen = True
         axis = self._time_axis(value)
-        if axis is None or self._number >= _MOST_CALLS:
+        if axis is None or not value.numel() or self._number >= _MOST_CALLS:
             return
         number, generation = self._number, self.generation
         self._number += 1

@@ -29,7 +29,7 @@ from lightning_gradguard.measure._taps import (
 )
 from lightning_gradguard.measure.decay import float_floor
 
-# Calls of one module in a step that are watched; a model that makes more has many alike.
+# Calls of one module in a step that are kept; a model that makes more has many alike.
 MOST_CALLS = 8
 
 
@@ -120,7 +120,7 @@ class RecurrentWatch:
     Attributes:
         calls: Those that a gradient has reached since the last measurement.
         seen: Whether there ever was a call in training.
-        single: Whether there was one of a single timestep.
+        single_steps: How many calls since the last measurement were of a single timestep.
         reason: Why it cannot be watched, if that has shown; else empty.
         generation: Number of measurements; graphs from before the last one are over.
     """
@@ -132,7 +132,7 @@ class RecurrentWatch:
         self.rnn = rnn
         self.calls: list[RecurrentCall] = []
         self.seen = False
-        self.single = False
+        self.single_steps = 0
         self.generation = 0
         self._switch = switch
         self._number = 0
@@ -154,7 +154,7 @@ class RecurrentWatch:
         for call in self.calls:
             call.capture = None  # the graph may live on, but need not hold the copies
         self.calls = []
-        self.single = False
+        self.single_steps = 0
         self.generation += 1
         self._number = 0
         self._live = weakref.WeakSet()
@@ -173,18 +173,28 @@ class RecurrentWatch:
             return None
         self.seen = True
         if shape.timesteps == 1:
-            self.single = True
+            self.single_steps += 1
             return None
-        if len(self._live) >= MOST_CALLS or not (data.requires_grad or trains(rnn)):
+        if not (data.requires_grad or trains(rnn)):
             return None
         hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        call = self._begin(shape, data, hx)
+        # Also what is not kept is tapped: a checkpoint's second forward must save the same tensors
+        # as the first, so whether the input is tapped must not depend on the calls before.
+        arrived = _ignore if call is None else call.input_arrived
+        tapped = _with_data(value, tap(data, arrived, self._switch))
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
+
+    def _begin(self, shape: CallShape, data: Tensor, hx: object) -> RecurrentCall | None:
+        """The call that begins, or ``None`` if enough others are kept."""
+        if len(self._live) >= MOST_CALLS:
+            return None
         capture = Capture(self.rnn, shape, data, hx) if self._switch.exact else None
         call = RecurrentCall(self, self._number, shape, capture)
         self._number += 1
         self._live.add(call)
         self._begun.call = call
-        tapped = _with_data(value, tap(data, call.input_arrived, self._switch))
-        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
+        return call
 
     def after(self, rnn: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """See the output and the last states."""
@@ -201,6 +211,10 @@ class RecurrentWatch:
         capture = call.capture
         if capture is not None and not capture.refusal and is_plain(data):
             capture.output = capture.rows.data(data)
+
+
+def _ignore(_: Tensor) -> None:
+    """Nothing is kept of a gradient."""
 
 
 def _with_data(value: Sequences, data: Tensor) -> Sequences:

@@ -40,6 +40,7 @@ from lightning_gradguard.measure.decay import (
 from lightning_gradguard.readings import TimeReading
 
 _ONE_STEP = "it was called with sequences of one timestep, through which nothing travels"
+_STEP_BY_STEP = "it was called one timestep at a time; the way from call to call is not measured"
 _NO_INPUT_GRADIENT = "the backward pass did not compute the gradient of its input"
 
 
@@ -48,8 +49,9 @@ def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
     calls = sorted(watch.calls, key=lambda call: call.number)
     kind = _kind(watch.rnn)
     if not calls:
-        one = TimeReading(watch.name, "", "input", kind, timesteps=1, note=_ONE_STEP)
-        return [Draft(one)] if watch.single else []
+        note = _ONE_STEP if watch.single_steps == 1 else _STEP_BY_STEP
+        one = TimeReading(watch.name, "", "input", kind, timesteps=1, note=note)
+        return [Draft(one)] if watch.single_steps else []
     if all(call.capture is None for call in calls):
         return [_whole(watch, kind, calls, "")]
     adjoints, why_not = _adjoints(watch.rnn, calls)
@@ -86,7 +88,7 @@ def _adjoints(
             return [], why_not
         try:
             adjoints.append(_adjoint(rnn, call))
-        except ReplayError as error:
+        except (ReplayError, TypeError, ValueError) as error:
             return [], str(error)
     return adjoints, ""
 

@@ -124,13 +124,14 @@ def layout_of(sequences: Sequences, *, batch_first: bool) -> Layout:
             "input must have at least one timestep and one sequence, "
             f"got shape {tuple(sequences.shape)}"
         )
-    return Layout(steps, torch.full((size,), steps), batched, batch_first, None)
+    lengths_B = torch.full((size,), steps, device="cpu")
+    return Layout(steps, lengths_B, batched, batch_first, None)
 
 
 def _packed_layout(packed: PackedSequence) -> Layout:
     # batch_sizes[t] sequences reach t, and they are sorted by length: read off each one's length.
     sizes_T = packed.batch_sizes
-    rows_B = torch.arange(int(sizes_T[0]))
+    rows_B = torch.arange(int(sizes_T[0]), device="cpu")
     lengths_B = (sizes_T.unsqueeze(1) > rows_B).sum(0)
     if packed.unsorted_indices is not None:
         lengths_B = lengths_B[packed.unsorted_indices.cpu()]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 # DTensors and nested tensors have norms of another kind; what torch.func wraps is not ours to keep.
@@ -30,7 +32,9 @@ class Switch:
     """What all hooks of a probe share.
 
     Attributes:
-        watching: Whether hooks do anything at all.
+        watching: Whether hooks do anything at all. It is changed between steps: a checkpoint's
+            second forward runs inside the backward pass, and has to find what the first one found.
+            Whoever steps between the two has changed the weights under the second one anyway.
         exact: Whether the coming forwards are captured for the exact measurement.
         on_error: Told of an error in a hook, which then does nothing; ``None`` to let it be raised
             in the user's forward or backward pass.
@@ -54,9 +58,19 @@ class Switch:
 class _Hook:
     """A forward hook that sleeps wherever no gradient can be measured.
 
-    A copied or pickled model takes a hook along that does nothing, and that needs no package of
-    ours where it is loaded.
+    A copied model is left without it, and a pickled one takes along a hook that does nothing and
+    that needs no package of ours where it is loaded.
     """
+
+    handle: RemovableHandle | None = None
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks for it first, and cannot compile a hook that is an object.
+        raise AttributeError(
+            "a module whose gradient through time is watched cannot be scripted: script a copy of "
+            "the model, torch.jit.script(copy.deepcopy(model))"
+        )
 
     def __init__(self, action: Callable[..., Any], switch: Switch) -> None:
         self._action = action
@@ -67,10 +81,27 @@ class _Hook:
             return None
         if not torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return None
+        if forward_ad._current_level >= 0:  # noqa: SLF001 - has no public name
+            return None  # what is tapped would lose its tangent
         return self._switch.run(self._action, *call)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        hooks = None if self.handle is None else self.handle.hooks_dict_ref()
+        copied = None if hooks is None else memo.get(id(hooks))
+        if self.handle is not None and copied is not None:
+            # The copy is put into the copied module's hooks after this returns. The memo keeps what
+            # is in this list until the whole copy is made, and no longer.
+            whole_copy = _WholeCopy()
+            memo.setdefault(id(memo), []).append(whole_copy)
+            weakref.finalize(whole_copy, copied.pop, self.handle.id, None)
+        return contextlib.nullcontext().__exit__
+
+
+class _WholeCopy:
+    """Lives until a deepcopy is complete."""
 
 
 @functools.cache
@@ -115,17 +146,21 @@ def attach(
         kind = _uncompiled_hook()
     handles = []
     if before is not None:
-        hook = kind(before, switch)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    handles.append(module.register_forward_hook(kind(after, switch)))
-    return handles
+        first = kind(before, switch)
+        first.handle = module.register_forward_pre_hook(first, with_kwargs=True)
+        handles.append(first.handle)
+    last = kind(after, switch)
+    last.handle = module.register_forward_hook(last)
+    return [*handles, last.handle]
 
 
 def attach_to_evaluation(
     module: nn.Module, switch: Switch, action: Callable[[], None]
 ) -> RemovableHandle:
     """Call ``action`` before each call of ``module`` in eval mode and without gradients."""
-    return module.register_forward_pre_hook(_EvalHook(action, switch))
+    hook = _EvalHook(action, switch)
+    hook.handle = module.register_forward_pre_hook(hook)
+    return hook.handle
 
 
 def _compiles_recurrent_modules() -> bool:
@@ -141,8 +176,20 @@ def is_plain(value: Any) -> TypeGuard[Tensor]:
         and value.is_floating_point()
         and not value.is_meta
         and not value.is_inference()
-        and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001 - has no public name
+        and not _is_transformed(value)
     )
+
+
+def _is_transformed(value: Tensor) -> bool:
+    """Whether it stands for many tensors or is followed by torch.func, whose it then is.
+
+    ``is_grads_batched`` and ``jacobian(vectorize=True)`` make tensors of the older kind.
+    """
+    functorch = torch._C._functorch  # noqa: SLF001 - has no public name
+    if functorch.peek_interpreter_stack() is not None:
+        return True
+    is_batched = getattr(functorch, "is_legacy_batchedtensor", None)
+    return is_batched is not None and bool(is_batched(value))
 
 
 def trains(module: nn.Module) -> bool:
@@ -168,13 +215,17 @@ def listen(tensor: object, arrived: Callable[[Tensor], None], switch: Switch) ->
         return
 
     def report(grad: Tensor | None) -> None:
-        if grad is None:
+        if grad is not None:
+            switch.run(take, grad)
+
+    def take(grad: Tensor) -> None:
+        if _is_transformed(grad):
             return
         if not torch.is_grad_enabled():
-            switch.run(arrived, grad)
+            arrived(grad)
             return
         with torch.no_grad():  # as backward(create_graph=True) leaves it on
-            switch.run(arrived, grad.detach())
+            arrived(grad.detach())
 
     tensor.register_hook(report)
 

@@ -48,8 +48,10 @@ class TimestepProbe:
 
     What a module is not called for in training is not measured: ``no_grad``, graphs of
     ``torch.compile`` (which leave fused recurrent modules out), TorchScript. Of several calls of a
-    module in one step the first 8 with a gradient are measured, together. For the exact measurement
-    copies of at most 16 sequences are kept, and fewer of long ones.
+    module in one step the first 8 are measured, together. For the exact measurement copies of at
+    most 16 sequences are kept, fewer of long ones, and all where dropout between layers has to be
+    replayed. While it watches, ``torch.jit.script(model)`` fails; script
+    ``copy.deepcopy(model)``: copies are without its hooks.
 
     Args:
         model: The model.
