@@ -6,6 +6,7 @@ Shape suffixes: ``B`` batch, ``H`` hidden, ``I`` input; ``R`` some of the batch.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import Any
 
 import torch
@@ -24,9 +25,12 @@ from lightning_gradguard.measure._taps import (
 
 Cell = nn.RNNCell | nn.LSTMCell | nn.GRUCell
 
-# States that are kept of one cell in a step, and sequences: calls beyond that are left out.
+# States that are kept of one cell in a step, and calls: of those beyond only norms are known.
 _MOST_STATES = 2**22
 _MOST_CALLS = 2**14
+# Nodes of the graph behind a state or an input among which an earlier call is looked for.
+_MOST_NODES = 256
+_SAME_VALUE = frozenset({"CloneBackward0", "AliasBackward0", "ViewBackward0"})
 
 
 class CellCall:
@@ -34,10 +38,17 @@ class CellCall:
 
     Attributes:
         number: Which call since the last measurement it is.
-        starts: Whether it begins a sequence: its state is not that of an earlier call.
-        x_RI: What it was given.
+        before: Number of the call that returned its state; ``None`` where a sequence begins.
+        root: Number of the call with which its sequence begins.
+        altered: Whether a state of this sequence was not given as the call before returned it.
+        fed_back: Whether an input of this sequence comes from one of its own states.
+        dtype: In which the call was computed.
+        x_RI: What it was given; ``None`` if too much was kept before.
         states_RH: The states that it was given, h or (h, c); empty for none.
-        grads_RH: The gradients of the states that it returned, by their position.
+        returned_RH: The states that it returned.
+        through_hidden: Whether the gradient of c includes what comes through h: not if a kernel
+            has made both.
+        grads_RH: Their gradients, by their position.
         returned_norms: (B,) norms of those, for the whole batch.
         input_norms: (B,) norm of the gradient of its input.
     """
@@ -46,16 +57,52 @@ class CellCall:
         self, watch: CellWatch, number: int, x_BI: Tensor, states_BH: tuple[Tensor, ...]
     ) -> None:
         self._watch = watch
-        self._generation = watch.generation
+        self.generation = watch.generation
         self._kept = False
         self.number = number
-        self.starts = all(state.is_leaf or not state.requires_grad for state in states_BH)
-        self.stride = -(-x_BI.shape[0] // MOST_SEQUENCES) if x_BI.dim() == 2 else 1
-        self.x_RI = self._rows(x_BI)
-        self.states_RH = tuple(map(self._rows, states_BH))
+        origin, altered = _origin(watch, states_BH)
+        self.before = None if origin is None else origin.number
+        self.root: int = number if origin is None else origin.root
+        self.altered: bool = altered or (origin is not None and origin.altered)
+        self.fed_back: bool = origin is not None and (
+            origin.fed_back or _search(watch, x_BI, self.root) is not None
+        )
+        device = x_BI.device.type
+        autocast = torch.is_autocast_enabled(device)
+        self.dtype = torch.get_autocast_dtype(device) if autocast else x_BI.dtype
+        # The same sequences as before, also where the batch shrinks as sequences end.
+        size = x_BI.shape[0] if x_BI.dim() == 2 else 1
+        same = origin is not None and not altered
+        self.stride: int = origin.stride if same and origin else -(-size // MOST_SEQUENCES)
+        self.x_RI: Tensor | None = None
+        self.states_RH: tuple[Tensor, ...] = ()
+        self.returned_RH: tuple[Tensor, ...] = ()
+        self.through_hidden = False
         self.grads_RH: dict[int, Tensor] = {}
         self.returned_norms: dict[int, Tensor] = {}
         self.input_norms: Tensor | None = None
+        if watch.has_room(size):
+            self.x_RI = self._rows(x_BI)
+            known = origin.returned_RH if same and origin else ()
+            all_here = bool(known) and len(known[0]) == len(self.x_RI)
+            self.states_RH = known if all_here else tuple(map(self._rows, states_BH))
+
+    def returns(self, *states_BH: Tensor) -> None:
+        """Take in what the call returned, and mark it as that."""
+        for which, state_BH in enumerate(states_BH):
+            node: Any = state_BH.grad_fn
+            if node is not None:
+                # Kept by the graph, not the other way round, and found again by later calls.
+                label = (self, which)
+                node.metadata.setdefault(self._watch, {})[state_BH.output_nr] = label
+        if len(states_BH) == 2:
+            self.through_hidden = _is_made_of(*states_BH)
+        if self.x_RI is not None:
+            self.returned_RH = tuple(map(self._rows, states_BH))
+
+    def forget(self) -> None:
+        """Let go of all copies, as the graph may live on."""
+        self.x_RI, self.states_RH, self.returned_RH, self.grads_RH = None, (), (), {}
 
     def input_arrived(self, grad: Tensor) -> None:
         """The gradient of the input."""
@@ -73,17 +120,18 @@ class CellCall:
     def _returned(self, which: int, grad: Tensor) -> None:
         if self._keep():
             self.returned_norms[which] = _joined(self.returned_norms.get(which), grad)
-            rows, before = self._rows(grad), self.grads_RH.get(which)
-            self.grads_RH[which] = rows if before is None else before + rows
+            if self.x_RI is not None:
+                rows, before = self._rows(grad), self.grads_RH.get(which)
+                self.grads_RH[which] = rows if before is None else before + rows
 
     def _rows(self, value: Tensor) -> Tensor:
         value = value.detach()
-        rows = value.unsqueeze(0) if value.dim() == 1 else value[:: self.stride]
+        rows = value.unsqueeze(0) if value.dim() == 1 else value[:: max(1, self.stride)]
         return rows.clone(memory_format=torch.contiguous_format)
 
     def _keep(self) -> bool:
         """Belong to the measurement from the first gradient on, unless that is over."""
-        if self._generation != self._watch.generation:
+        if self.generation != self._watch.generation:
             return False
         if not self._kept:
             self._kept = True
@@ -94,6 +142,77 @@ class CellCall:
 def _joined(before_B: Tensor | None, grad: Tensor) -> Tensor:
     norms_B = feature_norms(grad).reshape(-1)
     return norms_B if before_B is None else torch.hypot(before_B, norms_B)
+
+
+def _is_made_of(hidden_BH: Tensor, cell_BH: Tensor) -> bool:
+    """Whether h is o * tanh(c) of this very c, in the graph too."""
+    nodes: list[Any] = [hidden_BH.grad_fn]
+    for _ in range(2):
+        nodes = [function for node in nodes if node for function, _ in node.next_functions]
+    return cell_BH.grad_fn is not None and cell_BH.grad_fn in nodes
+
+
+def _origin(watch: CellWatch, states_BH: tuple[Tensor, ...]) -> tuple[CellCall | None, bool]:
+    """The earlier call from which a state comes, and whether it was altered since."""
+    labels = [_label(watch, state_BH) for state_BH in states_BH]
+    origins = {label[0] for label in labels if label is not None}
+    if len(origins) == 1 and all(
+        label is not None and label[1] == which for which, label in enumerate(labels)
+    ):
+        return origins.pop(), False
+    for state_BH in states_BH:
+        origin = _search(watch, state_BH)
+        if origin is not None:
+            return origin, True
+    return None, False
+
+
+def _label(watch: CellWatch, state_BH: Tensor) -> tuple[CellCall, int] | None:
+    """The call that returned this very state, or a longer batch of it; and which of its states."""
+    node: Any = state_BH.grad_fn
+    output = state_BH.output_nr
+    while node is not None and (node.name() in _SAME_VALUE or _shortens(node)):
+        label: tuple[CellCall, int] | None = node.metadata.get(watch, {}).get(output)
+        if label is not None:
+            break
+        node, output = node.next_functions[0]
+    if node is None:
+        return None
+    label = node.metadata.get(watch, {}).get(output)
+    return label if label is not None and label[0].generation == watch.generation else None
+
+
+def _shortens(node: Any) -> bool:
+    """Whether it takes the first sequences of a batch, as of those that have not ended."""
+    return (
+        node.name() == "SliceBackward0"
+        and (node._saved_dim, node._saved_start, node._saved_step) == (0, 0, 1)  # noqa: SLF001
+    )
+
+
+def _search(watch: CellWatch, tensor: Tensor, root: int | None = None) -> CellCall | None:
+    """An earlier call (of the sequence that begins with ``root``) on which ``tensor`` depends."""
+    nodes: deque[Any] = deque([tensor.grad_fn])
+    walked: set[Any] = set()
+    clean = True
+    while nodes and len(walked) < _MOST_NODES:
+        node = nodes.popleft()
+        if node is None or node in walked or not node.next_functions:
+            continue
+        labels = node.metadata.get(watch)
+        if labels is None:
+            walked.add(node)
+            nodes.extend(function for function, _ in node.next_functions)
+            continue
+        for call, _ in labels.values():
+            if call.generation == watch.generation:
+                if root is None or call.root == root:
+                    return call  # type: ignore[no-any-return]
+                clean = False
+    if clean:  # so that what is behind many inputs is walked through once
+        for node in walked:
+            node.metadata[watch] = {}
+    return None
 
 
 class CellWatch:
@@ -138,7 +257,7 @@ class CellWatch:
     def forget(self) -> None:
         """Begin a new measurement."""
         for call in self.calls:
-            call.states_RH, call.grads_RH = (), {}  # the graph may live on without them
+            call.forget()
         self.calls = []
         self.generation += 1
         self._number = 0
@@ -149,20 +268,22 @@ class CellWatch:
         """See the input and the state, and let the cell have a view of the input."""
         self.seen = True
         self._begun.call = None
-        named = {**dict(zip(("input", "hx"), args, strict=False)), **kwargs}
-        value, hx = named.get("input"), named.get("hx")
+        value = args[0] if args else kwargs.get("input")
+        hx = args[1] if len(args) > 1 else kwargs.get("hx")
         states = hx if isinstance(hx, tuple) else () if hx is None else (hx,)
         if not self._switch.exact or not is_plain(value) or not all(map(is_plain, states)):
-            return None
-        size = min(MOST_SEQUENCES, value.shape[0] if value.dim() == 2 else 1)
-        most = min(_MOST_CALLS, _MOST_STATES // max(1, size * self.cell.hidden_size))
-        if self._number >= most:
             return None
         if self._number == 0:
             self.versions = weight_versions(self.cell)
         call = self._begun.call = CellCall(self, self._number, value, states)
         self._number += 1
-        return (), {**named, "input": tap(value, call.input_arrived, self._switch)}
+        tapped = tap(value, call.input_arrived, self._switch)
+        return ((tapped, *args[1:]), kwargs) if args else (args, {**kwargs, "input": tapped})
+
+    def has_room(self, sequences: int) -> bool:
+        """Whether one more call of that many sequences can be kept."""
+        size = min(MOST_SEQUENCES, sequences) * self.cell.hidden_size
+        return self._number < min(_MOST_CALLS, _MOST_STATES // max(1, size))
 
     def after(self, cell: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """See the state that the cell returns."""
@@ -170,7 +291,11 @@ class CellWatch:
         self._begun.call = None
         if call is None:
             return
-        hidden, state = output if isinstance(output, tuple) else (output, None)
+        states = output if isinstance(output, tuple) else (output,)
+        if len(states) > 2 or not all(map(is_plain, states)):
+            return
+        call.returns(*states)
+        hidden, state = states if len(states) == 2 else (output, None)
         listen(hidden, call.hidden_arrived, self._switch)
         listen(state, call.cell_arrived, self._switch)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from lightning_gradguard.measure.timesteps import TimestepProbe
 from lightning_gradguard.readings import TimeReading
@@ -193,3 +195,293 @@ def test_bfloat16_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (reading,) = readings(loop, lambda: loop(x)[-1])
     assert reading.decay_rate == pytest.approx(exact.decay_rate, rel=0.05)
+
+
+def rate_of(states: list[Tensor]) -> float:
+    """The rate that the gradients retained on the states of a loop show."""
+    norms = [state.grad.double().norm().item() for state in states]
+    return math.log(norms[0] / norms[-1]) / (len(norms) - 1)
+
+
+class Renamed(nn.GRUCell):
+    def forward(self, x: Tensor, h: Tensor | None = None) -> Tensor:
+        return super().forward(x, h)
+
+
+class Masked(nn.GRUCell):
+    def forward(self, input: Tensor, hx: Tensor | None, mask: Any = None) -> Tensor:  # noqa: A002
+        return super().forward(input, hx)
+
+
+class Zoneout(nn.GRUCell):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # noqa: A002
+        new = super().forward(input, hx)
+        return new if hx is None else torch.where(torch.rand_like(new) < 0.1, hx, new)
+
+
+def test_positional_arguments_stay_positional() -> None:
+    loop = Loop(nn.LSTMCell(I, H))
+    shapes = []
+    loop.cell.register_forward_hook(lambda _cell, given, _output: shapes.append(given[0].shape))
+    (reading,) = readings(loop, lambda: loop(torch.randn(T, B, I))[-1])
+    assert shapes == [(B, I)] * T
+    assert reading.note == ""
+
+
+@pytest.mark.parametrize("kind", [Renamed, Zoneout, Masked])
+def test_subclasses_are_called_as_the_loop_calls_them(kind: type[nn.GRUCell]) -> None:
+    cell = kind(I, H)
+    more = (torch.ones(B, H),) if kind is Masked else ()
+
+    def loss() -> Tensor:
+        state = torch.zeros(B, H)
+        for x_t in torch.randn(T, B, I):
+            state = cell(x_t, state, *more)
+        return state
+
+    (reading,) = readings(nn.ModuleList([cell]), loss)
+    assert reading.note == "not measured exactly: its forward is not torch's own"
+    assert reading.timesteps == len(reading.profile) == T
+    assert math.isnan(reading.decay_rate)
+
+
+def weight_norm_of_old(cell: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(cell, "weight_hh")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Zoneout, "its forward is not torch's own"),
+        (
+            lambda *sizes: parametrizations.spectral_norm(nn.GRUCell(*sizes), "weight_hh"),
+            "its weights are parametrized",
+        ),
+        (lambda *sizes: weight_norm_of_old(nn.GRUCell(*sizes)), "its weights are parametrized"),
+    ],
+)
+def test_a_cell_whose_replay_could_leave_traces_is_not_replayed(
+    make: Callable[..., nn.Module], why: str
+) -> None:
+    loop = Loop(make(I, H))
+    x = torch.randn(T, B, I)
+    with TimestepProbe(loop) as probe:
+        loop(x)[-1].sum().backward()
+        random = torch.get_rng_state()
+        buffers = {name: buffer.clone() for name, buffer in loop.named_buffers()}
+        (reading,) = probe.measure()
+    assert reading.note == f"not measured exactly: {why}"
+    assert math.isnan(reading.decay_rate)
+    assert reading.recency > 0
+    assert torch.equal(random, torch.get_rng_state())
+    for name, buffer in loop.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+BETWEEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "residual": lambda new, old: old + 0.1 * new,
+    "mask": lambda new, old: torch.where(torch.arange(B).unsqueeze(-1) % 2 == 0, new, old),
+    "layer norm": lambda new, old: nn.functional.layer_norm(new, (H,)),
+    "dropout": lambda new, old: nn.functional.dropout(new, 0.5),
+    "in place": lambda new, old: new.mul_(0.9),
+    "recombined": lambda new, old: new.roll(1, -1),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("start", ["zeros", "learned"])
+def test_a_loop_that_changes_the_state_has_no_rate(between: str, start: str) -> None:
+    cell = nn.GRUCell(I, H)
+    learned = nn.Parameter(torch.zeros(H))
+
+    def loss() -> Tensor:
+        state = torch.zeros(B, H) if start == "zeros" else learned.expand(B, -1)
+        for x_t in torch.randn(T, B, I):
+            state = BETWEEN[between](cell(x_t, state), state)
+        return state.square()
+
+    (reading,) = readings(nn.ModuleList([cell]), loss)
+    assert reading.note == "not measured exactly: the loop changes the state between its calls"
+    assert math.isnan(reading.decay_rate)
+    assert reading.timesteps == len(reading.profile) == T
+
+
+def test_only_one_of_two_states_changed() -> None:
+    cell = nn.LSTMCell(I, H)
+
+    def loss() -> Tensor:
+        h, c = torch.zeros(B, H), torch.zeros(B, H)
+        for x_t in torch.randn(T, B, I):
+            h, c = cell(x_t, (h, c.clamp(-1, 1)))
+        return h
+
+    (reading,) = readings(nn.ModuleList([cell]), loss)
+    assert "the loop changes the state" in reading.note
+
+
+@pytest.mark.parametrize("depth", [0, 30])
+def test_an_input_made_of_the_state_has_no_rate(depth: int) -> None:
+    cell = nn.GRUCell(H, H)
+
+    def loss() -> Tensor:
+        state, x_t = torch.randn(B, H), torch.zeros(B, H)
+        for _ in range(T):
+            state = cell(x_t, state)
+            x_t = 2 * state
+            for _ in range(depth):
+                x_t = x_t.sin()
+        return state.square()
+
+    (reading,) = readings(nn.ModuleList([cell]), loss)
+    assert "its input depends on its own state" in reading.note
+    assert math.isnan(reading.decay_rate)
+    assert reading.timesteps == T
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, torch.clone, lambda h: h.view(B, 2, -1).view(B, H)])
+@pytest.mark.parametrize("start", ["zeros", "learned", "encoder"])
+def test_sequences_in_lockstep_and_any_initial_state(
+    start: str, wrap: Callable[[Tensor], Tensor]
+) -> None:
+    cell, encoder = nn.GRUCell(I, H), nn.Linear(I, H)
+    learned = nn.Parameter(torch.zeros(H))
+    kept: list[Tensor] = []
+
+    def loss() -> Tensor:
+        first = {
+            "zeros": torch.zeros(B, H),
+            "learned": learned.expand(B, -1),
+            "encoder": encoder(torch.randn(B, I)),
+        }[start]
+        one = two = first
+        for x_t in torch.randn(T, B, I):
+            one, two = cell(x_t, wrap(one)), cell(-x_t, wrap(two))
+            one.retain_grad()
+            kept.append(one)
+        return one.square().sum() + two.square().sum()
+
+    (reading,) = readings(nn.ModuleList([cell]), loss)
+    assert reading.note == ""
+    assert (reading.timesteps, reading.sequences) == (T, 2 * B)
+    assert reading.decay_rate == pytest.approx(rate_of(kept), rel=0.1)
+
+
+def test_accumulated_gradients_from_a_learned_initial_state() -> None:
+    loop = Loop(nn.GRUCell(I, H))
+    learned = nn.Parameter(torch.zeros(H))
+    with TimestepProbe(loop) as probe:
+        for _ in range(3):
+            loop(torch.randn(T, B, I), learned.expand(B, -1))[-1].sum().backward()
+        (reading,) = probe.measure()
+    assert (reading.timesteps, reading.sequences, reading.note) == (T, 3 * B, "")
+
+
+def test_a_batch_that_shrinks_as_sequences_end() -> None:
+    loop, fused = pair(nn.LSTMCell)
+    x = torch.randn(T, 40, I)
+    lengths = torch.arange(40).flip(0) % T + 1
+    lengths, _ = lengths.sort(descending=True)
+
+    def ours() -> Tensor:
+        state, ends = None, []
+        for t, x_t in enumerate(x):
+            alive = int((lengths > t).sum())
+            if state is not None:
+                ends.append(state[0][alive:])
+                state = (state[0][:alive], state[1][:alive])
+            state = loop.cell(x_t[:alive], state)
+        return torch.cat([*ends, state[0]]).square()
+
+    (ours_,) = readings(loop, ours)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+    (theirs,) = readings(fused, lambda: LOSSES["last"](fused(packed)[1][0]))
+    assert ours_.note == theirs.note == ""
+    assert ours_.timesteps == T
+    # Of the longer batch not the same sequences are kept.
+    assert ours_.decay_rate == pytest.approx(theirs.decay_rate, rel=0.1)
+
+
+def test_a_loop_too_long_to_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gradguard.measure._cells._MOST_CALLS", 15)
+    loop = Loop(nn.LSTMCell(I, H))
+    x = torch.randn(T, B, I)
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def loss() -> Tensor:
+        state = None
+        for x_t in x:
+            state = loop.cell(x_t, state)
+            states.append(state)
+            state[0].retain_grad()
+            state[1].retain_grad()
+        return state[0].square().sum()
+
+    (reading,) = readings(loop, loss)
+    assert reading.note == f"only the first 15 of {T} timesteps were kept for the rate"
+    assert (reading.timesteps, len(reading.profile)) == (T, T)
+    assert reading.steps == 14
+    # The adjoint of (h, c), without what reaches c through h: o * (1 - tanh(c)^2), o = h / tanh(c).
+    norms = []
+    for h, c in states:
+        tanh = c.tanh()
+        from_future = c.grad - h.grad * h / tanh * (1 - tanh**2)
+        norms.append(torch.cat([h.grad, from_future], -1).double().norm().item())
+    assert reading.decay_rate == pytest.approx(math.log(norms[0] / norms[14]) / 14, rel=1e-3)
+    monkeypatch.undo()
+    (whole,) = readings(loop, loss)
+    assert whole.note == ""
+    assert (reading.recency, reading.profile) == (whole.recency, whole.profile)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_too_long_and_unbatched(cell: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gradguard.measure._cells._MOST_CALLS", 15)
+    loop = Loop(cell(I, H))
+    x = torch.randn(T, I)
+    (unbatched,) = readings(loop, lambda: loop(x)[-1])
+    (batched,) = readings(loop, lambda: loop(x.unsqueeze(1))[-1])
+    assert unbatched.decay_rate == pytest.approx(batched.decay_rate, rel=1e-4)
+
+
+def test_the_loss_may_enter_through_the_cell_state() -> None:
+    loop, fused = pair(nn.LSTMCell)
+    x = torch.randn(T, B, I)
+
+    def ours() -> Tensor:
+        state = None
+        for x_t in x:
+            state = loop.cell(x_t, state)
+        return state[1].square() + state[0]
+
+    def theirs() -> Tensor:
+        h, c = fused(x)[1]
+        return c.square() + h
+
+    (one,), (other,) = readings(loop, ours), readings(fused, theirs)
+    assert one.note == other.note == ""
+    assert one.decay_rate == pytest.approx(other.decay_rate, rel=1e-3)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_long_chains_go_back_in_chunks(
+    cell: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(cell(I, H))
+    x = torch.randn(T, B, I)
+    (whole,) = readings(loop, lambda: loop(x)[-1])
+    monkeypatch.setattr("lightning_gradguard.measure._cell_readings._CHUNK_ELEMENTS", 7 * B * H)
+    (chunked,) = readings(loop, lambda: loop(x)[-1])
+    assert chunked.note == ""
+    assert chunked.decay_rate == pytest.approx(whole.decay_rate, rel=1e-5)
+
+
+def test_weights_changed_behind_the_version_counter() -> None:
+    loop = Loop(nn.LSTMCell(I, H))
+    with TimestepProbe(loop) as probe:
+        loop(torch.randn(T, B, I))[-1].sum().backward()
+        loop.cell.weight_hh.data.mul_(1.5)
+        (reading,) = probe.measure()
+    assert "returned something else" in reading.note
+    assert math.isnan(reading.decay_rate)
