@@ -6,7 +6,6 @@ Shape suffixes: ``B`` batch, ``H`` hidden, ``I`` input; ``R`` some of the batch.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.measure._capture import MOST_SEQUENCES
+from lightning_gradguard.measure._cell_links import find_call, is_made_of, mark, origin_of
 from lightning_gradguard.measure._taps import (
     Switch,
     attach,
@@ -28,9 +28,6 @@ Cell = nn.RNNCell | nn.LSTMCell | nn.GRUCell
 # States that are kept of one cell in a step, and calls: of those beyond only norms are known.
 _MOST_STATES = 2**22
 _MOST_CALLS = 2**14
-# Nodes of the graph behind a state or an input among which an earlier call is looked for.
-_MOST_NODES = 256
-_SAME_VALUE = frozenset({"CloneBackward0", "AliasBackward0", "ViewBackward0"})
 
 
 class CellCall:
@@ -60,12 +57,12 @@ class CellCall:
         self.generation = watch.generation
         self._kept = False
         self.number = number
-        origin, altered = _origin(watch, states_BH)
+        origin, altered = origin_of(watch, states_BH)
         self.before = None if origin is None else origin.number
         self.root: int = number if origin is None else origin.root
         self.altered: bool = altered or (origin is not None and origin.altered)
         self.fed_back: bool = origin is not None and (
-            origin.fed_back or _search(watch, x_BI, self.root) is not None
+            origin.fed_back or find_call(watch, x_BI, self.root) is not None
         )
         device = x_BI.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -90,13 +87,9 @@ class CellCall:
     def returns(self, *states_BH: Tensor) -> None:
         """Take in what the call returned, and mark it as that."""
         for which, state_BH in enumerate(states_BH):
-            node: Any = state_BH.grad_fn
-            if node is not None:
-                # Kept by the graph, not the other way round, and found again by later calls.
-                label = (self, which)
-                node.metadata.setdefault(self._watch, {})[state_BH.output_nr] = label
+            mark(self._watch, self, which, state_BH)
         if len(states_BH) == 2:
-            self.through_hidden = _is_made_of(*states_BH)
+            self.through_hidden = is_made_of(*states_BH)
         if self.x_RI is not None:
             self.returned_RH = tuple(map(self._rows, states_BH))
 
@@ -142,77 +135,6 @@ class CellCall:
 def _joined(before_B: Tensor | None, grad: Tensor) -> Tensor:
     norms_B = feature_norms(grad).reshape(-1)
     return norms_B if before_B is None else torch.hypot(before_B, norms_B)
-
-
-def _is_made_of(hidden_BH: Tensor, cell_BH: Tensor) -> bool:
-    """Whether h is o * tanh(c) of this very c, in the graph too."""
-    nodes: list[Any] = [hidden_BH.grad_fn]
-    for _ in range(2):
-        nodes = [function for node in nodes if node for function, _ in node.next_functions]
-    return cell_BH.grad_fn is not None and cell_BH.grad_fn in nodes
-
-
-def _origin(watch: CellWatch, states_BH: tuple[Tensor, ...]) -> tuple[CellCall | None, bool]:
-    """The earlier call from which a state comes, and whether it was altered since."""
-    labels = [_label(watch, state_BH) for state_BH in states_BH]
-    origins = {label[0] for label in labels if label is not None}
-    if len(origins) == 1 and all(
-        label is not None and label[1] == which for which, label in enumerate(labels)
-    ):
-        return origins.pop(), False
-    for state_BH in states_BH:
-        origin = _search(watch, state_BH)
-        if origin is not None:
-            return origin, True
-    return None, False
-
-
-def _label(watch: CellWatch, state_BH: Tensor) -> tuple[CellCall, int] | None:
-    """The call that returned this very state, or a longer batch of it; and which of its states."""
-    node: Any = state_BH.grad_fn
-    output = state_BH.output_nr
-    while node is not None and (node.name() in _SAME_VALUE or _shortens(node)):
-        label: tuple[CellCall, int] | None = node.metadata.get(watch, {}).get(output)
-        if label is not None:
-            break
-        node, output = node.next_functions[0]
-    if node is None:
-        return None
-    label = node.metadata.get(watch, {}).get(output)
-    return label if label is not None and label[0].generation == watch.generation else None
-
-
-def _shortens(node: Any) -> bool:
-    """Whether it takes the first sequences of a batch, as of those that have not ended."""
-    return (
-        node.name() == "SliceBackward0"
-        and (node._saved_dim, node._saved_start, node._saved_step) == (0, 0, 1)  # noqa: SLF001
-    )
-
-
-def _search(watch: CellWatch, tensor: Tensor, root: int | None = None) -> CellCall | None:
-    """An earlier call (of the sequence that begins with ``root``) on which ``tensor`` depends."""
-    nodes: deque[Any] = deque([tensor.grad_fn])
-    walked: set[Any] = set()
-    clean = True
-    while nodes and len(walked) < _MOST_NODES:
-        node = nodes.popleft()
-        if node is None or node in walked or not node.next_functions:
-            continue
-        labels = node.metadata.get(watch)
-        if labels is None:
-            walked.add(node)
-            nodes.extend(function for function, _ in node.next_functions)
-            continue
-        for call, _ in labels.values():
-            if call.generation == watch.generation:
-                if root is None or call.root == root:
-                    return call  # type: ignore[no-any-return]
-                clean = False
-    if clean:  # so that what is behind many inputs is walked through once
-        for node in walked:
-            node.metadata[watch] = {}
-    return None
 
 
 class CellWatch:
