@@ -227,7 +227,7 @@ def failing_engine_run(root: str, place: str, optimizer: str) -> dict[str, Any]:
 
 # One before the ranks agree, and the ones after.
 ENGINE_PLACES = [
-    "_meter.measure",
+    "_watched.meter.measure",
     "_pipeline.ladder.plan",
     "_pipeline._detectors.0.observe",
     "recorder.step",

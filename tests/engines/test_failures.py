@@ -71,7 +71,7 @@ class FailingGuard(GradGuard):
 
 
 PLACES = [
-    "_meter.measure",
+    "_watched.meter.measure",
     "_agreement.reach",
     "_controls.apply",
     "_pipeline._detectors.0.observe",
