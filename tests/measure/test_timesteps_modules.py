@@ -243,7 +243,7 @@ def test_evaluation_of_a_lone_encoder_layer_keeps_its_fast_path() -> None:
     x = torch.randn(B, T, 8)
 
     def operations() -> set[str]:
-        with torch.no_grad(), torch.profiler.profile() as profile:
+        with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
             layer(x)
         return {event.key for event in profile.key_averages()}
 
