@@ -43,8 +43,8 @@ class TimestepProbe:
     fused modules (``nn.RNN``, ``nn.LSTM``, ``nn.GRU``) leave the gradient norms of their input at
     each timestep; if :attr:`exact` was on during the forward pass, also what the exact gradient of
     every state in every layer and direction follows from. Cells in a loop (``nn.LSTMCell``, …) are
-    measured only then, each call a timestep of one sequence after another. Everything else is
-    watched on its output.
+    measured only then; a call that is given the state that another returned is the next timestep
+    of its sequence. Everything else is watched on its output.
 
     What a module is not called for in training is not measured: ``no_grad``, graphs of
     ``torch.compile`` (which leave fused recurrent modules out), TorchScript. Of several calls of a
