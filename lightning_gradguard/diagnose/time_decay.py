@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,47 @@ _CAUSES = {
 }
 
 
-class VanishingInTimeDetector:
+class _DecayDetector(ABC):
+    """What both detectors do alike."""
+
+    _note_at_once: bool
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self._thresholds = thresholds or Thresholds()
+        self._watch = TimeWatch(self._thresholds, self._is_symptom, note_at_once=self._note_at_once)
+
+    @abstractmethod
+    def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
+        """Whether a rate is bad beyond its error in sequences of that length."""
+
+    @abstractmethod
+    def _finding(self, verdict: Verdict, step: int) -> Finding:
+        """A verdict in words."""
+
+    @property
+    def wants_exact(self) -> bool:
+        """Whether another exact reading would help; see `TimeDetector.wants_exact`."""
+        return self._watch.wants_exact
+
+    def observe(self, observation: Observation) -> list[Finding]:
+        """Takes in one step; see `Detector.observe`."""
+        verdicts = self._watch.observe(observation)
+        return [self._finding(verdict, observation.step) for verdict in verdicts]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers; see `Detector.state_dict`."""
+        return self._watch.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state; see `Detector.load_state_dict`."""
+        self._watch.load_state_dict(state)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._watch.reset()
+
+
+class VanishingInTimeDetector(_DecayDetector):
     """A gradient that reaches only a small part of the sequence.
 
     The symptom is a horizon below `short_horizon` of the timesteps even at the optimistic end of
@@ -34,46 +75,19 @@ class VanishingInTimeDetector:
     readings without the symptom.
     """
 
-    def __init__(self, thresholds: Thresholds | None = None) -> None:
-        self._thresholds = thresholds or Thresholds()
-        self._watch = TimeWatch(self._thresholds, self._is_short, note_at_once=False)
+    _note_at_once = False
 
-    @property
-    def wants_exact(self) -> bool:
-        """Whether another exact reading would help; see `TimeDetector.wants_exact`."""
-        return self._watch.wants_exact
-
-    def observe(self, observation: Observation) -> list[Finding]:
-        """Takes in one step; see `Detector.observe`."""
-        return [
-            _finding(
-                Pathology.VANISHING_IN_TIME,
-                verdict,
-                observation.step,
-                _vanishing_in_words(verdict.reading),
-                "which is harmless if only recent steps matter",
-            )
-            for verdict in self._watch.observe(observation)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns plain numbers; see `Detector.state_dict`."""
-        return self._watch.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a state; see `Detector.load_state_dict`."""
-        self._watch.load_state_dict(state)
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self._watch.reset()
-
-    def _is_short(self, rate: float, error: float, timesteps: int) -> bool:
+    def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
         share = self._thresholds.short_horizon * timesteps
         return -(rate + error) * share > math.log(HORIZON_FACTOR)
 
+    def _finding(self, verdict: Verdict, step: int) -> Finding:
+        symptom = _vanishing_in_words(verdict.reading)
+        harmless = "which is harmless if only recent steps matter"
+        return _finding(Pathology.VANISHING_IN_TIME, verdict, step, symptom, harmless)
 
-class TimeExplosionDetector:
+
+class TimeExplosionDetector(_DecayDetector):
     """A gradient that grows by orders of magnitude from the end of the sequence to its start.
 
     The symptom is a growth over all timesteps beyond `growth` (three orders of magnitude) even at
@@ -84,42 +98,15 @@ class TimeExplosionDetector:
     State is kept as in `VanishingInTimeDetector`.
     """
 
-    def __init__(self, thresholds: Thresholds | None = None) -> None:
-        self._thresholds = thresholds or Thresholds()
-        self._watch = TimeWatch(self._thresholds, self._explodes, note_at_once=True)
+    _note_at_once = True
 
-    @property
-    def wants_exact(self) -> bool:
-        """Whether another exact reading would help; see `TimeDetector.wants_exact`."""
-        return self._watch.wants_exact
-
-    def observe(self, observation: Observation) -> list[Finding]:
-        """Takes in one step; see `Detector.observe`."""
-        return [
-            _finding(
-                Pathology.EXPLODING,
-                verdict,
-                observation.step,
-                _explosion_in_words(verdict.reading),
-                "which is harmless as long as the loss falls",
-            )
-            for verdict in self._watch.observe(observation)
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns plain numbers; see `Detector.state_dict`."""
-        return self._watch.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a state; see `Detector.load_state_dict`."""
-        self._watch.load_state_dict(state)
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self._watch.reset()
-
-    def _explodes(self, rate: float, error: float, timesteps: int) -> bool:
+    def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
         return (rate - error) * timesteps > self._thresholds.growth
+
+    def _finding(self, verdict: Verdict, step: int) -> Finding:
+        symptom = _explosion_in_words(verdict.reading)
+        harmless = "which is harmless as long as the loss falls"
+        return _finding(Pathology.EXPLODING, verdict, step, symptom, harmless)
 
 
 def _finding(
