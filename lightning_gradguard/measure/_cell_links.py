@@ -15,13 +15,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_gradguard.measure._cells import CellCall, CellWatch
+    from lightning_gradguard.measure._watch import CallWatch
 
 # Nodes of the graph behind a state or an input among which an earlier call is looked for.
 _MOST_NODES = 256
 _SAME_VALUE = frozenset({"CloneBackward0", "AliasBackward0", "ViewBackward0"})
 
 
-def mark(watch: CellWatch, call: CellCall, which: int, state_BH: Tensor) -> None:
+def mark(watch: CallWatch[Any, Any], call: CellCall, which: int, state_BH: Tensor) -> None:
     """Mark a state as the one that ``call`` returned at position ``which``."""
     node: Any = state_BH.grad_fn
     if node is not None:

@@ -45,7 +45,7 @@ def cell_drafts(watch: CellWatch) -> list[Draft]:
     chains = _chains(sorted(watch.calls, key=lambda call: call.number))
     if not chains:
         return []
-    cell = watch.cell
+    cell = watch.module
     reading = TimeReading(watch.name, "", "exact", _kind(cell))
     returned_TB = _over(chains, [[_returned_norm(call) for call in chain] for chain in chains])
     input_TB = _over(chains, [[_input_norm(call) for call in chain] for chain in chains])
@@ -95,7 +95,7 @@ def _with_rate(draft: Draft, cell: Cell, chains: list[list[CellCall]]) -> Draft:
 
 def _why_not(watch: CellWatch, chains: list[list[CellCall]]) -> str:
     """Why the calls alone do not give the rate; empty if they do."""
-    special = special_weights(watch.cell) or _special_forward(watch.cell)
+    special = special_weights(watch.module) or _special_forward(watch.module)
     if special:
         return special
     calls = [call for chain in chains for call in chain]
@@ -103,7 +103,7 @@ def _why_not(watch: CellWatch, chains: list[list[CellCall]]) -> str:
         return "the loop changes the state between its calls"
     if any(call.fed_back for call in calls):
         return "its input depends on its own state, on which way the gradient goes back as well"
-    if weight_versions(watch.cell) != watch.versions:
+    if weight_versions(watch.module) != watch.versions:
         return "its weights changed between the forward pass and the measurement"
     return ""
 

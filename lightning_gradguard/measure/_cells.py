@@ -5,23 +5,21 @@ Shape suffixes: ``B`` batch, ``H`` hidden, ``I`` input; ``R`` some of the batch.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.measure._capture import MOST_SEQUENCES
 from lightning_gradguard.measure._cell_links import find_call, is_made_of, mark, origin_of
 from lightning_gradguard.measure._taps import (
     Switch,
-    attach,
     feature_norms,
     is_plain,
     listen,
     tap,
 )
+from lightning_gradguard.measure._watch import CallWatch, WatchedCall
 
 Cell = nn.RNNCell | nn.LSTMCell | nn.GRUCell
 
@@ -30,11 +28,10 @@ _MOST_STATES = 2**22
 _MOST_CALLS = 2**14
 
 
-class CellCall:
+class CellCall(WatchedCall):
     """One call of a cell.
 
     Attributes:
-        number: Which call since the last measurement it is.
         before: Number of the call that returned its state; ``None`` where a sequence begins.
         root: Number of the call with which its sequence begins.
         altered: Whether a state of this sequence was not given as the call before returned it.
@@ -53,10 +50,7 @@ class CellCall:
     def __init__(
         self, watch: CellWatch, number: int, x_BI: Tensor, states_BH: tuple[Tensor, ...]
     ) -> None:
-        self._watch = watch
-        self.generation = watch.generation
-        self._kept = False
-        self.number = number
+        super().__init__(watch, number)
         origin, altered = origin_of(watch, states_BH)
         self.before = None if origin is None else origin.number
         self.root: int = number if origin is None else origin.root
@@ -122,70 +116,25 @@ class CellCall:
         rows = value.unsqueeze(0) if value.dim() == 1 else value[:: max(1, self.stride)]
         return rows.clone(memory_format=torch.contiguous_format)
 
-    def _keep(self) -> bool:
-        """Belong to the measurement from the first gradient on, unless that is over."""
-        if self.generation != self._watch.generation:
-            return False
-        if not self._kept:
-            self._kept = True
-            self._watch.calls.append(self)
-        return True
-
 
 def _joined(before_B: Tensor | None, grad: Tensor) -> Tensor:
     norms_B = feature_norms(grad).reshape(-1)
     return norms_B if before_B is None else torch.hypot(before_B, norms_B)
 
 
-class CellWatch:
-    """Sees the calls of one cell, when the exact measurement is on.
-
-    Args:
-        name: Path of the module.
-        cell: The module.
-        switch: Of the probe.
+class CellWatch(CallWatch[Cell, CellCall]):
+    """Sees the calls of one cell, when the exact measurement is on; see :class:`CallWatch`.
 
     Attributes:
-        calls: Those that a gradient has reached since the last measurement.
         versions: Of the weights in the first of these forward passes.
-        seen: Whether there ever was a call in training.
-        reason: Why it cannot be watched, if that has shown; else empty.
-        generation: Number of measurements; graphs from before the last one are over.
     """
 
-    reason = ""
-
-    def __init__(self, name: str, cell: Cell, switch: Switch) -> None:
-        self.name = name
-        self.cell = cell
-        self.calls: list[CellCall] = []
+    def __init__(self, name: str, module: Cell, switch: Switch) -> None:
+        super().__init__(name, module, switch)
         self.versions: list[int] = []
-        self.seen = False
-        self.generation = 0
-        self._switch = switch
-        self._number = 0
-        self._begun = threading.local()  # nn.DataParallel calls one module in several threads
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self) -> None:
-        """Begin to see calls."""
-        self._handles = attach(self.cell, self._switch, before=self.before, after=self.after)
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def forget(self) -> None:
-        """Begin a new measurement."""
-        for call in self.calls:
-            call.forget()
-        self.calls = []
-        self.generation += 1
-        self._number = 0
 
     def before(
-        self, cell: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See the input and the state, and let the cell have a view of the input."""
         self.seen = True
@@ -196,7 +145,7 @@ class CellWatch:
         if not self._switch.exact or not is_plain(value) or not all(map(is_plain, states)):
             return None
         if self._number == 0:
-            self.versions = weight_versions(self.cell)
+            self.versions = weight_versions(self.module)
         call = self._begun.call = CellCall(self, self._number, value, states)
         self._number += 1
         tapped = tap(value, call.input_arrived, self._switch)
@@ -204,13 +153,12 @@ class CellWatch:
 
     def has_room(self, sequences: int) -> bool:
         """Whether one more call of that many sequences can be kept."""
-        size = min(MOST_SEQUENCES, sequences) * self.cell.hidden_size
+        size = min(MOST_SEQUENCES, sequences) * self.module.hidden_size
         return self._number < min(_MOST_CALLS, _MOST_STATES // max(1, size))
 
-    def after(self, cell: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """See the state that the cell returns."""
-        call: CellCall | None = getattr(self._begun, "call", None)
-        self._begun.call = None
+        call = self._take_begun()
         if call is None:
             return
         states = output if isinstance(output, tuple) else (output,)

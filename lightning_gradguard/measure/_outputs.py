@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.measure._drafts import Draft, doubts, reached, stacked
 from lightning_gradguard.measure._taps import (
@@ -21,6 +20,7 @@ from lightning_gradguard.measure._taps import (
     is_plain,
     listen,
 )
+from lightning_gradguard.measure._watch import Watch
 from lightning_gradguard.measure.decay import bin_profile, recency
 from lightning_gradguard.readings import TimeReading
 
@@ -29,32 +29,20 @@ _MOST_NORMS = 2**20
 _NO_RATE = "no recurrence: nothing is carried from timestep to timestep, so there is no decay rate"
 
 
-class OutputWatch:
-    """Sees the gradient of the output of one module.
+class OutputWatch(Watch[nn.Module]):
+    """Sees the gradient of the output of one module; see :class:`Watch`.
 
     Args:
         name: Path of the module.
         module: The module.
         axis: Time axis of its output, or ``None`` to follow ``batch_first``.
         switch: Of the probe.
-
-    Attributes:
-        seen: Whether there ever was a call in training.
-        reason: Why it cannot be watched, if that has shown; else empty.
-        generation: Number of measurements; graphs from before the last one are over.
     """
 
     def __init__(self, name: str, module: nn.Module, axis: int | None, switch: Switch) -> None:
-        self.name = name
-        self.module = module
-        self.seen = False
-        self.reason = ""
-        self.generation = 0
+        super().__init__(name, module, switch)
         self._axis = axis
-        self._switch = switch
-        self._number = 0
         self._norms: dict[int, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
         self._aside = False
 
     def attach(self) -> None:
@@ -70,8 +58,7 @@ class OutputWatch:
     def detach(self) -> None:
         """Take the hooks off."""
         self._aside = False
-        for handle in self._handles:
-            handle.remove()
+        super().detach()
 
     def _step_aside(self) -> None:
         self.detach()
@@ -79,9 +66,8 @@ class OutputWatch:
 
     def forget(self) -> None:
         """Begin a new measurement."""
+        super().forget()
         self._norms = {}
-        self._number = 0
-        self.generation += 1
         if self._aside:
             self.attach()
 

@@ -6,38 +6,35 @@ Shape suffixes: ``T`` time, ``B`` batch, ``K`` layers times directions.
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
 from lightning_gradguard.measure._call_shape import CallShape, Sequences
 from lightning_gradguard.measure._capture import Capture, RecurrentModule
 from lightning_gradguard.measure._taps import (
     FAST_FLOOR,
     Switch,
-    attach,
     feature_norms,
     is_plain,
     listen,
     tap,
     trains,
 )
+from lightning_gradguard.measure._watch import CallWatch, WatchedCall
 from lightning_gradguard.measure.decay import float_floor
 
 # Calls of one module in a step that are kept; a model that makes more has many alike.
 MOST_CALLS = 8
 
 
-class RecurrentCall:
+class RecurrentCall(WatchedCall):
     """One call: norms on every step, and a capture for the exact measurement if it was on.
 
     Attributes:
-        number: Which call since the last measurement it is.
         input_norms: Norm of the gradient of the input at each timestep, in the input's layout.
         entry_norms: That of the output.
         end_norms: Those of h_n and c_n, per layer and direction.
@@ -47,16 +44,17 @@ class RecurrentCall:
     def __init__(
         self, watch: RecurrentWatch, number: int, shape: CallShape, capture: Capture | None
     ) -> None:
-        self._watch = watch
-        self._generation = watch.generation
-        self.number = number
+        super().__init__(watch, number)
         self.shape = shape
         self.capture = capture
         self.input_norms: Tensor | None = None
         self.entry_norms: Tensor | None = None
         self.end_norms: list[Tensor | None] = [None, None]
         self.floor = 0.0
-        self._kept = False
+
+    def forget(self) -> None:
+        """Let go of all copies, as the graph may live on."""
+        self.capture = None
 
     def input_arrived(self, grad: Tensor) -> None:
         """The gradient of the input."""
@@ -88,15 +86,6 @@ class RecurrentCall:
     def _norms(self, grad: Tensor) -> Tensor:
         return self.shape.thinned(feature_norms(grad, fast=True))
 
-    def _keep(self) -> bool:
-        """Belong to the measurement from the first gradient on, unless that is over."""
-        if self._generation != self._watch.generation:
-            return False
-        if not self._kept:
-            self._kept = True
-            self._watch.calls.append(self)
-        return True
-
 
 def _floor(grad: Tensor) -> float:
     width = grad.shape[-1]
@@ -109,58 +98,26 @@ def _joined(before: Tensor | None, norms: Tensor) -> Tensor:
     return norms if before is None else torch.hypot(before, norms)
 
 
-class RecurrentWatch:
-    """Sees the calls of one fused recurrent module.
-
-    Args:
-        name: Path of the module.
-        rnn: The module.
-        switch: Of the probe.
+class RecurrentWatch(CallWatch[RecurrentModule, RecurrentCall]):
+    """Sees the calls of one fused recurrent module; see :class:`CallWatch`.
 
     Attributes:
-        calls: Those that a gradient has reached since the last measurement.
-        seen: Whether there ever was a call in training.
         single_steps: How many calls since the last measurement were of a single timestep.
-        reason: Why it cannot be watched, if that has shown; else empty.
-        generation: Number of measurements; graphs from before the last one are over.
     """
 
-    reason = ""
-
-    def __init__(self, name: str, rnn: RecurrentModule, switch: Switch) -> None:
-        self.name = name
-        self.rnn = rnn
-        self.calls: list[RecurrentCall] = []
-        self.seen = False
+    def __init__(self, name: str, module: RecurrentModule, switch: Switch) -> None:
+        super().__init__(name, module, switch)
         self.single_steps = 0
-        self.generation = 0
-        self._switch = switch
-        self._number = 0
         self._live: weakref.WeakSet[RecurrentCall] = weakref.WeakSet()
-        self._begun = threading.local()  # nn.DataParallel calls one module in several threads
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self) -> None:
-        """Begin to see calls."""
-        self._handles = attach(self.rnn, self._switch, before=self.before, after=self.after)
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
 
     def forget(self) -> None:
         """Begin a new measurement."""
-        for call in self.calls:
-            call.capture = None  # the graph may live on, but need not hold the copies
-        self.calls = []
+        super().forget()
         self.single_steps = 0
-        self.generation += 1
-        self._number = 0
         self._live = weakref.WeakSet()
 
     def before(
-        self, rnn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See the input, and let the module have a view of it."""
         self._begun.call = None
@@ -168,14 +125,14 @@ class RecurrentWatch:
         data = value.data if isinstance(value, PackedSequence) else value
         if not is_plain(data):
             return None
-        shape = CallShape.of(value, batch_first=self.rnn.batch_first)
+        shape = CallShape.of(value, batch_first=self.module.batch_first)
         if shape is None or not shape.timesteps or not shape.sequences:
             return None
         self.seen = True
         if shape.timesteps == 1:
             self.single_steps += 1
             return None
-        if not (data.requires_grad or trains(rnn)):
+        if not (data.requires_grad or trains(module)):
             return None
         hx = args[1] if len(args) > 1 else kwargs.get("hx")
         call = self._begin(shape, data, hx)
@@ -189,17 +146,16 @@ class RecurrentWatch:
         """The call that begins, or ``None`` if enough others are kept."""
         if len(self._live) >= MOST_CALLS:
             return None
-        capture = Capture(self.rnn, shape, data, hx) if self._switch.exact else None
+        capture = Capture(self.module, shape, data, hx) if self._switch.exact else None
         call = RecurrentCall(self, self._number, shape, capture)
         self._number += 1
         self._live.add(call)
         self._begun.call = call
         return call
 
-    def after(self, rnn: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """See the output and the last states."""
-        call: RecurrentCall | None = getattr(self._begun, "call", None)
-        self._begun.call = None
+        call = self._take_begun()
         if call is None or not isinstance(output, tuple) or len(output) != 2:
             return
         value, states = output

@@ -47,20 +47,20 @@ _NO_INPUT_GRADIENT = "the backward pass did not compute the gradient of its inpu
 def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
     """Readings of each layer and direction if they were captured, or else of the whole module."""
     calls = sorted(watch.calls, key=lambda call: call.number)
-    kind = _kind(watch.rnn)
+    kind = _kind(watch.module)
     if not calls:
         note = _ONE_STEP if watch.single_steps == 1 else _STEP_BY_STEP
         one = TimeReading(watch.name, "", "input", kind, timesteps=1, note=note)
         return [Draft(one)] if watch.single_steps else []
     if all(call.capture is None for call in calls):
         return [_whole(watch, kind, calls, "")]
-    adjoints, why_not = _adjoints(watch.rnn, calls)
+    adjoints, why_not = _adjoints(watch.module, calls)
     if why_not:
         return [_whole(watch, kind, calls, f"not measured exactly: {why_not}")]
-    entry_TB = stacked([_entry(call, watch.rnn) for call in calls])
+    entry_TB = stacked([_entry(call, watch.module) for call in calls])
     return [
-        _part(TimeReading(watch.name, part, "exact", kind), k, adjoints, entry_TB, watch.rnn)
-        for k, part in enumerate(_parts(watch.rnn))
+        _part(TimeReading(watch.name, part, "exact", kind), k, adjoints, entry_TB, watch.module)
+        for k, part in enumerate(_parts(watch.module))
     ]
 
 
@@ -152,7 +152,7 @@ def _whole(watch: RecurrentWatch, kind: str, calls: list[RecurrentCall], note: s
         longest = max(call.shape.timesteps for call in calls)
         return Draft(replace(reading, timesteps=longest, note=note or _NO_INPUT_GRADIENT))
     norms_TB = stacked([call.shape.per_step(norms) for call, norms in seen])
-    entry_TB = stacked([_entry(call, watch.rnn) for call, _ in seen])
+    entry_TB = stacked([_entry(call, watch.module) for call, _ in seen])
     reached_TB = reached(norms_TB + entry_TB)
     floor = max(call.floor for call, _ in seen)
     decay, single_entry = lag_decay(norms_TB, entry_TB, floor)
