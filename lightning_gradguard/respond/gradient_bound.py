@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.sharding import local_tensor
-from lightning_gradguard.respond.cap_enforcement import UpdateShrinker
+from lightning_gradguard.respond.shrinking_bound import ShrinkingBound
 from lightning_gradguard.respond.weight_norms import NEAR_SHARE, WeightNorms, group_sizes
 
 # On the device the latest shares are unknown, and until the clip has a baseline nothing else bounds
@@ -25,7 +25,7 @@ UNCLIPPED_STEPS = 32
 _SLACK = 1.01
 
 
-class GradientBound:
+class GradientBound(ShrinkingBound):
     """Keeps ‖g‖ ≤ (1 - momentum) · ``max_ratio`` · ‖W‖ / lr for SGD.
 
     The momentum buffer is a sum of past gradients with weights that add up to 1 / (1 - momentum),
@@ -42,19 +42,12 @@ class GradientBound:
         on_device: bool,
         large_ratio: float = math.inf,
     ) -> None:
-        self.large: int | Tensor = 0
-        self._large_ratio = large_ratio
-        self._optimizer = optimizer
-        self._parameters = list(parameters)
-        self._on_device = on_device
+        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
         self._weights = WeightNorms(parameters)
         self._sizes = group_sizes(optimizer, parameters)
         self._shares_P = torch.zeros(0)
         self._held_back: int | Tensor = 0
         self._momenta = [0.0] * len(self._sizes)  # bounds on ‖buffer‖ / ‖W‖ of each group
-        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
-        self._max_ratio = math.inf
-        self._steps = 0
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(G,) the largest ‖g‖ / ‖W‖ of each group."""

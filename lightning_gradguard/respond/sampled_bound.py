@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.updates import UpdateForecast, UpdateSampler
-from lightning_gradguard.respond.cap_enforcement import UpdateShrinker
+from lightning_gradguard.respond.shrinking_bound import ShrinkingBound
 from lightning_gradguard.respond.weight_norms import NEAR_SHARE, REFRESH_EVERY
 
 
-class SampledBound:
+class SampledBound(ShrinkingBound):
     """Keeps the real update within the cap, whatever the optimizer; see :class:`UpdateForecast`."""
 
     def __init__(
@@ -29,16 +29,10 @@ class SampledBound:
         on_device: bool,
         large_ratio: float = math.inf,
     ) -> None:
-        self.large: int | Tensor = 0
-        self._large_ratio = large_ratio
-        self._optimizer = optimizer
-        self._parameters = list(parameters)
-        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
+        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
         self._sampler = UpdateSampler(parameters)
         self._forecast = UpdateForecast()
-        self._max_ratio = math.inf
         self._rates: list[float] = []
-        self._steps = 0
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(P,) the expected updates at the last learning rate."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
-from lightning_gradguard.respond.cap_enforcement import UpdateShrinker, real_numel
+from lightning_gradguard.respond.cap_enforcement import real_numel
+from lightning_gradguard.respond.shrinking_bound import ShrinkingBound
 from lightning_gradguard.respond.weight_norms import NEAR_SHARE, WeightNorms, group_numbers
 
 # In its first steps RAdam does not normalize yet, NAdam's momentum is ahead of itself and RMSprop's
@@ -23,7 +24,7 @@ FIRST_STEPS = 8
 _LATE_TO_NORMALIZE = (torch.optim.RAdam, torch.optim.NAdam, torch.optim.RMSprop)
 
 
-class StepSizeBound:
+class StepSizeBound(ShrinkingBound):
     """Keeps lr·√numel ≤ ``max_ratio`` · ‖W‖ for Adam and its relatives, and the real update too.
 
     The tensors for which the step would be larger have their update scaled by the same factor at
@@ -39,20 +40,14 @@ class StepSizeBound:
         on_device: bool,
         large_ratio: float = math.inf,
     ) -> None:
-        self.large: int | Tensor = 0
-        self._large_ratio = large_ratio
-        self._optimizer = optimizer
-        self._parameters = list(parameters)
+        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
         self._weights = WeightNorms(parameters)
         self._group_of = group_numbers(optimizer, parameters)
         self._roots = [math.sqrt(real_numel(p)) for p in parameters]
-        self._shrinker = UpdateShrinker(parameters, on_device=on_device)
         self._norms: list[float] = []
         self._potentials: list[float] = []  # expected ratio per unit of learning rate
         self._peaks: list[float] = []
-        self._max_ratio = math.inf
         self._scales: list[float] = []
-        self._steps = 0
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(P,) the norms of the weights, on the steps on which they were measured."""
