@@ -17,13 +17,13 @@ from typing_extensions import override
 
 from lightning_gradguard._validation import check_number, check_type
 from lightning_gradguard.callbacks.epoch import EpochNorms, EpochTime
+from lightning_gradguard.callbacks.results import Results
 from lightning_gradguard.callbacks.schedules import ScheduleHold
-from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.diagnose import Severity
 from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.measure import TimestepProbe
-from lightning_gradguard.readings import TimeReading
-from lightning_gradguard.record import EventLog, Recorder, StepRecord
+from lightning_gradguard.record import EventLog, Recorder
 from lightning_gradguard.record.metrics import (
     count_metrics,
     layer_metrics,
@@ -31,7 +31,6 @@ from lightning_gradguard.record.metrics import (
     time_metrics,
 )
 from lightning_gradguard.record.time_statistics import TimeDecayStatistics
-from lightning_gradguard.respond import Action
 from lightning_gradguard.sampling import TimeModules
 
 logger = logging.getLogger("lightning_gradguard")
@@ -64,7 +63,7 @@ def contained(
     return cast("Callable[Concatenate[Self_, P], None]", wrapper)
 
 
-class EngineCallback(Callback):
+class EngineCallback(Results, Callback):
     """Runs a :class:`~lightning_gradguard.guard.GuardEngine` for each of the Trainer's optimizers.
 
     Args:
@@ -123,47 +122,8 @@ class EngineCallback(Callback):
     def protects(self) -> bool:
         """Whether this callback changes what a step does, and does not only watch."""
 
-    # -- what happened ---------------------------------------------------------------------------
-
     @property
-    def findings(self) -> list[Finding]:
-        """Findings of the last fit, over all optimizers, in order of their steps."""
-        found = [finding for engine in self.engines for finding in engine.findings]
-        return sorted(found, key=lambda finding: finding.step)
-
-    @property
-    def actions(self) -> list[Action]:
-        """What was done in the last fit, over all optimizers, in order of steps."""
-        done = [action for engine in self.engines for action in engine.actions]
-        return sorted(done, key=lambda action: action.step)
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The last steps of the first optimizer as numbers; see :attr:`engines` for others."""
-        engines = self.engines
-        return engines[0].history if engines else []
-
-    @property
-    def time_readings(self) -> list[TimeReading]:
-        """How gradients travelled through time in the last fit, in order of steps."""
-        read = [reading for engine in self.engines for reading in engine.time_readings]
-        return sorted(read, key=lambda reading: reading.step)
-
-    @property
-    def time_statistics(self) -> dict[str, TimeDecayStatistics]:
-        """Over the last epoch, for each module, layer and direction; each can ``plot()`` itself."""
-        return self._epoch_time.metrics if self._leader is None else self._leader.time_statistics
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Running counts over all optimizers."""
-        totals: dict[str, int] = {}
-        for engine in self.engines:
-            for name, count in engine.counts.items():
-                totals[name] = totals.get(name, 0) + count
-        return totals
-
-    @property
+    @override
     def engines(self) -> list[GuardEngine]:
         """One per optimizer, in the Trainer's order; empty before the first fit.
 
@@ -172,9 +132,10 @@ class EngineCallback(Callback):
         """
         return list(self._engines) if self._leader is None else self._leader.engines
 
-    def report(self) -> str:
-        """Findings, remedies and actions of the last fit as text."""
-        return "\n".join(engine.report() for engine in self.engines)
+    @property
+    def time_statistics(self) -> dict[str, TimeDecayStatistics]:
+        """Over the last epoch, for each module, layer and direction; each can ``plot()`` itself."""
+        return self._epoch_time.metrics if self._leader is None else self._leader.time_statistics
 
     # -- Lightning's hooks -----------------------------------------------------------------------
 
