@@ -13,12 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_gradguard import GradGuard, GradientMonitor, GuardEngine
 from lightning_gradguard.measure import TimestepProbe, recurrent_adjoint
 from lightning_gradguard.measure.timesteps import Snapshot
 from tests.distributed import run_on_ranks
+from tests.engines.test_ddp import launched
 from tests.models import assert_same_bits, loader, quiet_trainer
 
 T, B = 24, 6
@@ -361,17 +363,6 @@ def test_a_preflight_that_is_not_possible_is_left_out_with_a_reason(
     assert [len(guard.history), guard.broken] == [3, False]
 
 
-def train_on_ranks(root: str) -> tuple[list[tuple[int, str]], bool, list[float]]:
-    guard = GradGuard(exact_every_n_steps=2)
-    model = Reader(lr=1e-2)
-    trainer = quiet_trainer(
-        root, guard, strategy="ddp", devices=2, num_nodes=1, use_distributed_sampler=False
-    )
-    trainer.fit(model, loader(batches(6)[torch.distributed.get_rank() :: 2]))
-    weights = [p.sum().item() for p in model.parameters()]
-    return [(r.step, r.name) for r in guard.time_readings], guard.broken, weights
-
-
 def test_a_preflight_that_fails_is_no_reason_not_to_train(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -538,9 +529,22 @@ def test_profiles_are_those_of_the_loss_and_not_of_the_scaled_one() -> None:
     assert profile(1024.0) == pytest.approx(profile(1.0), rel=1e-5)
 
 
+def train_on_ranks(root: str) -> tuple[int, list[tuple[int, str]], bool, list[float]]:
+    launched()
+    guard = GradGuard(exact_every_n_steps=2)
+    model = Reader(lr=1e-2)
+    gloo = DDPStrategy(process_group_backend="gloo")
+    trainer = quiet_trainer(root, guard, strategy=gloo, devices=2, use_distributed_sampler=False)
+    trainer.fit(model, loader(batches(6)[torch.distributed.get_rank() :: 2]))
+    weights = [p.sum().item() for p in model.parameters()]
+    read = [(r.step, r.name) for r in guard.time_readings]
+    return trainer.world_size, read, guard.broken, weights
+
+
 @pytest.mark.slow
 def test_under_ddp_every_rank_reads_its_own_sequences(tmp_path: Path) -> None:
     first, second = run_on_ranks(train_on_ranks, 2, str(tmp_path))
-    assert first[0] == second[0] == [(0, "rnn/l0"), (2, "rnn/l0")]
-    assert not first[1]
-    assert first[2] == second[2]
+    assert first[0] == second[0] == 2
+    assert first[1] == second[1] == [(0, "rnn/l0"), (2, "rnn/l0")]
+    assert first[2:] == second[2:]
+    assert not first[2]
