@@ -22,16 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard._validation import check_choice, check_type
-from lightning_gradguard.diagnose import (
-    Finding,
-    Thresholds,
-    default_detectors,
-    time_detectors,
-)
+from lightning_gradguard.diagnose import Finding, Thresholds
 from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
-from lightning_gradguard.pipeline import Outcome, Pipeline
+from lightning_gradguard.pipeline import Outcome, Pipeline, Seen
 from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record import Recorder, StepRecord, format_report
 from lightning_gradguard.respond import (
@@ -63,7 +58,7 @@ class _Step:
     outcome: Outcome
     norms: Callable[[], Mapping[str, float]]  # of every parameter
     bound: UpdateBound | None  # whose signal is read with it
-    time: tuple[TimeReading, ...] = ()  # what has become known about earlier steps
+    seen: Seen  # what has become known about this step and earlier ones
     on_device: tuple[Tensor, Tensor] | None = None  # coefficient; norm, loss, failed ranks, signal
 
     @property
@@ -161,9 +156,7 @@ class GuardEngine:
             enabled=protecting or self._sharded, delay=DEVICE_DELAY if self._fused else 0
         )
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
-        self._pipeline = Pipeline(
-            ladder, default_detectors(thresholds), self.recorder, time_detectors(thresholds)
-        )
+        self._pipeline = Pipeline(ladder, thresholds, self.recorder)
         self._time: TimeSampler | None = None
         if timesteps is not None:
             delay = DEVICE_DELAY if self._fused else 0
@@ -313,7 +306,9 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(outcome, lambda: norms.parameters, self._watched.bound, time)
+        self._current = step = _Step(
+            outcome, lambda: norms.parameters, self._watched.bound, Seen(time)
+        )
         signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, seen = act(
@@ -396,7 +391,7 @@ class GuardEngine:
         self._take(step, outcome)
 
     def _take(self, step: _Step, outcome: Outcome) -> None:
-        self._pipeline.take(outcome, step.norms, step.time)
+        self._pipeline.take(outcome, step.norms, step.seen)
         if self._time is not None and self._pipeline.wants_exact:
             self._time.request(outcome.number)
 
@@ -498,7 +493,7 @@ class GuardEngine:
             "outcome": step.outcome.to_dict(),
             "values": values,
             "norms": norms,
-            "time": [reading.to_dict() for reading in step.time],
+            "seen": step.seen.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -514,7 +509,7 @@ class GuardEngine:
                         Outcome.from_dict(entry["outcome"]),
                         partial(dict, entry["norms"]),
                         bound,
-                        tuple(TimeReading.from_dict(reading) for reading in entry.get("time", ())),
+                        Seen.from_dict(entry["seen"]),
                     ),
                     list(entry["values"]),
                 )

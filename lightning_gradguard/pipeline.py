@@ -6,12 +6,20 @@ No tensors and no hooks here: one step's numbers go in, the bounds of the next s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lightning_gradguard.diagnose import Detector, Finding, Observation, TimeDetector
-from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.diagnose import (
+    Diagnosis,
+    Finding,
+    Observation,
+    Thresholds,
+    default_detectors,
+    layer_detectors,
+    time_detectors,
+)
+from lightning_gradguard.readings import Inspection, ModelFacts, NonFiniteOrigin, TimeReading
 from lightning_gradguard.record import Recorder, StepRecord
 from lightning_gradguard.respond.ladder import Ladder, StepPlan
 
@@ -55,34 +63,72 @@ class Outcome:
         return cls(**{**values, "plan": StepPlan(**values["plan"])})
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was measured beside the total norm and the loss, and has become known with a step.
+
+    Attributes:
+        time: Readings through time.
+        inspection: A look at every layer.
+        new_phase: Whether the run changed course before this step.
+        origin: Where NaN or Inf first appeared, if that was looked for.
+    """
+
+    time: tuple[TimeReading, ...] = ()
+    inspection: Inspection | None = None
+    new_phase: bool = False
+    origin: NonFiniteOrigin | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "time": [reading.to_dict() for reading in self.time],
+            "inspection": self.inspection and self.inspection.to_dict(),
+            "new_phase": self.new_phase,
+            "origin": self.origin and self.origin.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Seen:
+        """The inverse of :meth:`to_dict`."""
+        inspection, origin = values["inspection"], values["origin"]
+        return cls(
+            time=tuple(TimeReading.from_dict(reading) for reading in values["time"]),
+            inspection=inspection and Inspection.from_dict(inspection),
+            new_phase=values["new_phase"],
+            origin=origin and NonFiniteOrigin.from_dict(origin),
+        )
+
+
 class Pipeline:
     """Takes in one step after the other.
 
     Args:
         ladder: Decides on the bounds; ``None`` to observe only.
-        detectors: Turn numbers into findings.
+        thresholds: What counts as a finding.
         recorder: Where everything is recorded.
-        time_detectors: Turn readings through time into findings, which cause no response: every
-            rank reads its own sequences, and all have to respond alike.
 
     Attributes:
         tensors: How many tensors the optimizer updates.
+        model: What is known about the model, by which remedies are chosen.
         wants_exact: Whether an exact measurement through time would help to explain what goes on.
     """
 
     def __init__(
         self,
         ladder: Ladder | None,
-        detectors: list[Detector],
+        thresholds: Thresholds | None,
         recorder: Recorder,
-        time_detectors: Sequence[TimeDetector] = (),
     ) -> None:
         self.ladder = ladder
         self.recorder = recorder
         self.tensors = 1
+        self.model = ModelFacts()
         self.wants_exact = False
-        self._detectors = detectors
-        self._time_detectors = time_detectors
+        self._time_detectors = time_detectors(thresholds)
+        self._diagnosis = Diagnosis(
+            default_detectors(thresholds), [*layer_detectors(thresholds), *self._time_detectors]
+        )
         self._counts = dict.fromkeys(
             ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings"), 0
         )
@@ -101,22 +147,22 @@ class Pipeline:
         self,
         outcome: Outcome,
         norms: Callable[[], Mapping[str, float]] | None = None,
-        time: tuple[TimeReading, ...] = (),
+        seen: Seen = Seen(),
     ) -> None:
         """Diagnose, respond to and record one step.
 
         Args:
             outcome: The step.
             norms: Reads the norm of every parameter; asked only when the total is not finite.
-            time: Readings through time that have become known with this step.
+            seen: What else has become known with this step.
         """
         finite = math.isfinite(outcome.total_norm)
         dropped = outcome.coefficient == 0.0 or (outcome.left_to_scaler and not finite)
         # A scaler that looks for its scale meets infinities on purpose: that is no finding.
         if finite or not outcome.left_to_scaler:
-            findings = self._diagnose(outcome, norms if not finite else None, time)
+            findings = self._diagnose(outcome, norms if not finite else None, seen)
             self._respond(outcome, dropped, findings)
-        self.recorder.time(time)
+        self.recorder.time(seen.time)
         self._counts["steps"] += 1
         self._counts["skipped_steps"] += dropped
         self._counts["clipped_steps"] += 0.0 < outcome.coefficient < 1.0
@@ -139,22 +185,27 @@ class Pipeline:
         self,
         outcome: Outcome,
         norms: Callable[[], Mapping[str, float]] | None,
-        time: tuple[TimeReading, ...],
+        seen: Seen,
     ) -> list[Finding]:
         observation = Observation(
             step=outcome.number,
             loss=outcome.loss,
             total_norm=outcome.total_norm,
             norms=norms() if norms else None,
-            time=time,
+            time=seen.time,
+            inspection=seen.inspection,
+            new_phase=seen.new_phase,
+            origin=seen.origin,
+            model=self.model,
         )
-        findings = [f for detector in self._detectors for f in detector.observe(observation)]
-        in_time = [f for detector in self._time_detectors for f in detector.observe(observation)]
-        self.wants_exact = bool(findings) or any(d.wants_exact for d in self._time_detectors)
-        self._counts["findings"] += len(findings) + len(in_time)
-        for finding in (*findings, *in_time):
-            self.recorder.finding(finding)
-        return findings
+        changed = self._diagnosis.observe(observation)
+        for finding in changed:
+            self._counts["findings"] += self.recorder.finding(finding)
+        # What healed, and what has only been linked to its cause, asks for nothing new.
+        found = [f for f in changed if f.until is None and f.step == outcome.number]
+        for_all = [finding for finding in found if not finding.local]
+        self.wants_exact = bool(for_all) or any(d.wants_exact for d in self._time_detectors)
+        return for_all
 
     def _respond(self, outcome: Outcome, dropped: bool, findings: list[Finding]) -> None:
         if self.ladder is None:
@@ -174,7 +225,7 @@ class Pipeline:
         """Plain values from which :meth:`load_state_dict` continues."""
         return {
             "ladder": self.ladder.state_dict() if self.ladder else None,
-            "detectors": {type(d).__name__: d.state_dict() for d in self._all_detectors()},
+            "diagnosis": self._diagnosis.state_dict(),
             "counts": dict(self._counts),
         }
 
@@ -182,11 +233,5 @@ class Pipeline:
         """Continue from a saved state; a part that was not in use then starts afresh."""
         if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"])
-        for detector in self._all_detectors():
-            saved = state["detectors"].get(type(detector).__name__)
-            if saved is not None:
-                detector.load_state_dict(saved)
+        self._diagnosis.load_state_dict(state["diagnosis"])
         self._counts.update(state["counts"])
-
-    def _all_detectors(self) -> list[Detector]:
-        return [*self._detectors, *self._time_detectors]

@@ -8,17 +8,11 @@ symptom alone is only `Severity.INFO`.
 from __future__ import annotations
 
 from lightning_gradguard.diagnose.baseline import RobustBaseline, log_norm
+from lightning_gradguard.diagnose.detector import Detector, Observation, TimeDetector
+from lightning_gradguard.diagnose.diagnosis import Diagnosis, by_cause
 from lightning_gradguard.diagnose.divergence import DivergingDetector
 from lightning_gradguard.diagnose.explosion import ExplodingDetector
-from lightning_gradguard.diagnose.findings import (
-    Detector,
-    Finding,
-    Observation,
-    Pathology,
-    Remedy,
-    Severity,
-    TimeDetector,
-)
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.non_finite import NonFiniteDetector
 from lightning_gradguard.diagnose.spike import LossSpikeDetector
 from lightning_gradguard.diagnose.thresholds import Thresholds
@@ -26,6 +20,7 @@ from lightning_gradguard.diagnose.time_decay import TimeExplosionDetector, Vanis
 
 __all__ = [
     "Detector",
+    "Diagnosis",
     "DivergingDetector",
     "ExplodingDetector",
     "Finding",
@@ -40,7 +35,9 @@ __all__ = [
     "TimeDetector",
     "TimeExplosionDetector",
     "VanishingInTimeDetector",
+    "by_cause",
     "default_detectors",
+    "layer_detectors",
     "log_norm",
     "time_detectors",
 ]
@@ -65,6 +62,18 @@ def default_detectors(thresholds: Thresholds | None = None) -> list[Detector]:
         LossSpikeDetector(thresholds),
         DivergingDetector(thresholds),
     ]
+
+
+def layer_detectors(thresholds: Thresholds | None = None) -> list[Detector]:
+    """Returns the detectors of what single layers do, which judge inspections.
+
+    They are apart from `default_detectors` because every rank sees its own activations, and because
+    no response of the guard could mend what they find.
+
+    Args:
+        thresholds: The numbers they use; `Thresholds()` if not given.
+    """
+    return []
 
 
 def time_detectors(thresholds: Thresholds | None = None) -> list[TimeDetector]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
@@ -63,6 +64,10 @@ class DivergingDetector:
         if not self._episode.report(severity):
             return []
         return [self._finding(observation, severity)]
+
+    def is_open(self, where: str) -> bool:
+        """Whether the finding has not healed; see `Detector.is_open`."""
+        return self._episode.open
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers; see `Detector.state_dict`."""

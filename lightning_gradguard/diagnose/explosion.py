@@ -8,8 +8,9 @@ from statistics import median
 from typing import Any
 
 from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE, RobustBaseline, log_norm
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.places import in_words, module_of
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
@@ -95,6 +96,10 @@ class ExplodingDetector:
             self._episode.calm()
             return []
         return self._judge(observation, excess, z, (z > t.outlier_z and stands_out) or growing)
+
+    def is_open(self, where: str) -> bool:
+        """Whether the finding has not healed; see `Detector.is_open`."""
+        return self._episode.open
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers; see `Detector.state_dict`."""

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum, IntEnum
-from typing import Any, Protocol
-
-from lightning_gradguard.readings import TimeReading
+from typing import Any
 
 
 class Pathology(str, Enum):
-    """What can go wrong in a run. Each member is stored and printed as its plain value."""
+    """What can go wrong in a run. Each member is stored and printed as its plain value.
+
+    In the order of causes: where several are found at once, an earlier one explains a later one.
+    """
 
     NON_FINITE = "non_finite"
-    EXPLODING = "exploding"
-    LOSS_SPIKE = "loss_spike"
-    DIVERGING = "diverging"
+    UNDERFLOW = "underflow"
+    DEAD_UNITS = "dead_units"
+    LAYER_NOT_TRAINING = "layer_not_training"
+    SATURATED = "saturated"
     VANISHING_IN_TIME = "vanishing_in_time"
+    VANISHING_IN_DEPTH = "vanishing_in_depth"
+    UPDATE_OUT_OF_RANGE = "update_out_of_range"
+    EXPLODING = "exploding"
+    DIVERGING = "diverging"
+    LOSS_SPIKE = "loss_spike"
+    OSCILLATING = "oscillating"
+    STAGNATING = "stagnating"
 
 
 class Severity(IntEnum):
@@ -52,10 +61,13 @@ class Remedy:
     Attributes:
         sentence: What to do and why it helps.
         code: The line of code that does it.
+        evidence: Where a measurement supports it: a heading of ``docs/remedies.md``, empty where
+            none was made.
     """
 
     sentence: str
     code: str
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,14 @@ class Finding:
         message: One plain sentence.
         remedies: What to try, best first.
         timestep: Position in the sequence, where the finding has one.
+        since: Step at which the symptom began, which may be before it was found.
+        until: Step at which it had healed; ``None`` while it is open.
+        fact: Whether it was read off the run and needs no judgement, as a NaN or a parameter that
+            no optimizer has.
+        follows_from: The open finding that explains this one, ``"vanishing_in_time in rnn"``; empty
+            if none does.
+        local: Whether it rests on what this rank alone has seen. Such a finding is for people and
+            causes no response, as all ranks have to respond alike.
 
     Example:
         >>> finding = Finding(Pathology.LOSS_SPIKE, Severity.INFO, "loss", 7, {"z": 9.0}, "A jump")
@@ -86,6 +106,22 @@ class Finding:
     message: str
     remedies: tuple[Remedy, ...] = ()
     timestep: int | None = None
+    since: int | None = None
+    until: int | None = None
+    fact: bool = False
+    follows_from: str = ""
+    local: bool = False
+
+    @property
+    def certainty(self) -> str:
+        """How sure it is; docs/findings.md says how often each was right.
+
+        ``"certain"`` for a fact; ``"likely"`` for a symptom that lasts beside a loss that shows
+        harm; ``"possible"`` for a symptom alone.
+        """
+        if self.fact:
+            return "certain"
+        return "likely" if self.severity >= Severity.WARNING else "possible"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings, lists and dicts, ready for JSON or a checkpoint."""
@@ -96,8 +132,14 @@ class Finding:
             "step": self.step,
             "evidence": dict(self.evidence),
             "message": self.message,
-            "remedies": [{"sentence": r.sentence, "code": r.code} for r in self.remedies],
+            "remedies": [asdict(remedy) for remedy in self.remedies],
             "timestep": self.timestep,
+            "since": self.since,
+            "until": self.until,
+            "certainty": self.certainty,
+            "fact": self.fact,
+            "follows_from": self.follows_from,
+            "local": self.local,
         }
 
     @classmethod
@@ -115,57 +157,11 @@ class Finding:
             step=data["step"],
             evidence=dict(data["evidence"]),
             message=data["message"],
-            remedies=tuple(Remedy(r["sentence"], r["code"]) for r in data["remedies"]),
+            remedies=tuple(Remedy(**remedy) for remedy in data["remedies"]),
             timestep=data["timestep"],
+            since=data["since"],
+            until=data["until"],
+            fact=data["fact"],
+            follows_from=data["follows_from"],
+            local=data["local"],
         )
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What is known about one optimizer step.
-
-    Attributes:
-        step: Number of the optimizer step.
-        loss: Training loss, `None` where it is not known; may be negative, NaN or infinite.
-        total_norm: L2 norm of all gradients before any clipping; may be NaN or infinite.
-        norms: L2 norm per parameter name in forward order, on steps where they were read.
-        time: How the gradient travels through time, one reading per module or per layer and
-            direction of it, on steps where it was measured; empty on all others.
-    """
-
-    step: int
-    loss: float | None
-    total_norm: float
-    norms: Mapping[str, float] | None = None
-    time: tuple[TimeReading, ...] = ()
-
-
-class Detector(Protocol):
-    """Looks at one observation after another and reports what is wrong.
-
-    A finding is returned once, when it opens, and again only if the same episode turns more
-    severe. The detector re-arms when the symptom has been gone for `Thresholds.heal_steps` steps.
-    """
-
-    def observe(self, observation: Observation) -> list[Finding]:
-        """Takes in one step and returns what became known with it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state as plain numbers, strings, lists and dicts."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a state, after which the detector continues bit for bit."""
-
-    def reset(self) -> None:
-        """Forgets everything."""
-
-
-class TimeDetector(Detector, Protocol):
-    """A detector of readings through time, which come only now and then.
-
-    Its findings are for people and cause no response: every rank reads its own sequences.
-    """
-
-    @property
-    def wants_exact(self) -> bool:
-        """Whether another exact reading, now, would help to decide."""

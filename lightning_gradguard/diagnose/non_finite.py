@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.places import in_words, module_of
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
@@ -63,6 +64,10 @@ class NonFiniteDetector:
         if math.isfinite(observation.total_norm):
             return [_non_finite_loss(observation)]
         return [_non_finite_gradient(observation, loss_is_finite)]
+
+    def is_open(self, where: str) -> bool:
+        """Whether the finding has not healed; see `Detector.is_open`."""
+        return self._episode.open
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers; see `Detector.state_dict`."""

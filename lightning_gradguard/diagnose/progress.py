@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE
-from lightning_gradguard.diagnose.findings import Observation
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
 # Far from float64's limit, so that differences of two losses and their multiples stay finite.

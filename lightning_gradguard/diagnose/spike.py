@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_gradguard.diagnose.baseline import RobustBaseline
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
@@ -75,6 +76,10 @@ class LossSpikeDetector:
             return []
         self._steps, self._limit, self._usual = 1, limit, usual
         return self._report(observation, loss, z, Severity.INFO)
+
+    def is_open(self, where: str) -> bool:
+        """Whether the finding has not healed; see `Detector.is_open`."""
+        return self._episode.open
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers; see `Detector.state_dict`."""

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_gradguard.diagnose.findings import Finding, Observation, Pathology, Severity
+from lightning_gradguard.diagnose.detector import Observation
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Severity
 from lightning_gradguard.diagnose.places import in_words
 from lightning_gradguard.diagnose.thresholds import Thresholds
 from lightning_gradguard.diagnose.time_remedies import explosion_remedies, vanishing_remedies
@@ -48,6 +49,10 @@ class _DecayDetector(ABC):
         """Takes in one step; see `Detector.observe`."""
         verdicts = self._watch.observe(observation)
         return [self._finding(verdict, observation.step) for verdict in verdicts]
+
+    def is_open(self, where: str) -> bool:
+        """Whether what was found in a module has not healed; see `Detector.is_open`."""
+        return self._watch.is_open(where)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers; see `Detector.state_dict`."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Observation, Severity
+from lightning_gradguard.diagnose.findings import Severity
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
 from lightning_gradguard.readings import TimeReading
@@ -121,6 +122,13 @@ class TimeWatch:
             if reading.part or reading.module not in split:
                 found += self._follow(reading)
         return found
+
+    def is_open(self, where: str) -> bool:
+        """Whether what was found in some part of the module at ``where`` has not healed."""
+        return any(
+            part.episode.open and (name.partition("/")[0] or "model") == where
+            for name, part in self._parts.items()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings, lists and dicts."""

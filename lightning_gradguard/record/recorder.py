@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.diagnose import Finding, Pathology, Severity
 from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record.history import History, StepRecord
 from lightning_gradguard.respond.actions import Action, ActionKind
@@ -91,11 +91,27 @@ class Recorder:
         self._readings.extend(readings)
         self._latest.update({reading.name: reading for reading in readings})
 
-    def finding(self, finding: Finding) -> None:
-        """Record a finding that opened."""
-        _keep(self.findings, finding)
+    def finding(self, finding: Finding) -> bool:
+        """Record a finding that opened, changed or healed; returns whether it is a new one."""
+        before = self._before(finding)
+        worse = before is None or finding.severity > self.findings[before].severity
         self._write("finding", finding.to_dict())
-        self._say(_LEVELS[finding.severity], finding.message)
+        if before is None:
+            _keep(self.findings, finding)
+        else:
+            self.findings[before] = finding
+        if finding.until is None and worse:
+            level = logging.INFO if finding.follows_from else _LEVELS[finding.severity]
+            self._say(level, finding.message)
+        return before is None
+
+    def _before(self, finding: Finding) -> int | None:
+        """Where the same finding stands as it was before."""
+        for place in range(len(self.findings) - 1, -1, -1):
+            known = self.findings[place]
+            if known.until is None and _cause(known) == _cause(finding):
+                return place
+        return None
 
     def action(self, action: Action) -> None:
         """Record something the guard did."""
@@ -126,6 +142,10 @@ class Recorder:
         if not self.silent:
             prefix = f"[{self.label}] " if self.label else ""
             logger.log(level, "%s%s", prefix, message)
+
+
+def _cause(finding: Finding) -> tuple[Pathology, str, bool]:
+    return finding.pathology, finding.where, finding.local
 
 
 def _keep(items: list, item: object) -> None:  # type: ignore[type-arg]

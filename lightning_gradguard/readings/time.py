@@ -1,4 +1,4 @@
-"""Measurements as plain numbers: what `measure` has read and every later room works with."""
+"""How the gradient travels through time, as plain numbers."""
 
 from __future__ import annotations
 
