@@ -234,4 +234,5 @@ class Pipeline:
         if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"])
         self._diagnosis.load_state_dict(state["diagnosis"])
+        self.recorder.adopt(self._diagnosis.open)
         self._counts.update(state["counts"])

@@ -105,6 +105,10 @@ class Recorder:
             self._say(level, finding.message)
         return before is None
 
+    def adopt(self, findings: Sequence[Finding]) -> None:
+        """Take over findings that a resumed run had open, so that they heal as the same ones."""
+        self.findings.extend(findings)
+
     def _before(self, finding: Finding) -> int | None:
         """Where the same finding stands as it was before."""
         for place in range(len(self.findings) - 1, -1, -1):

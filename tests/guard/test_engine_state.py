@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.guard import DEVICE_DELAY
 from lightning_gradguard.respond import LearningRateBackoff, UpdateCap
 from tests.guard.loops import MAKERS, Loop, rmsprop
@@ -56,6 +57,10 @@ def resume(make_optimizer: Any, state: dict[str, Any], mode: str) -> Loop:
     return loop
 
 
+def identity(finding: Finding) -> tuple[str, str, int | None]:
+    return finding.pathology.value, finding.where, finding.since
+
+
 @OPTIMIZERS
 @pytest.mark.parametrize("mode", ["protect", "observe"])
 @pytest.mark.parametrize("at", [1, 17, 19, 22, 23, 24, 40])
@@ -72,9 +77,12 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
         loop.guard.close()
     assert_same_bits(second.model.state_dict(), whole.model.state_dict())
     assert_same_bits(second.optimizer.state_dict(), whole.optimizer.state_dict())
-    for name in ("history", "findings", "actions"):
+    for name in ("history", "actions"):
         seen = getattr(first.guard, name) + getattr(second.guard, name)
         assert repr(seen) == repr(getattr(whole.guard, name)), name
+    # What is open at the checkpoint goes on as the same finding.
+    found = {identity(f): f for guard in (first.guard, second.guard) for f in guard.findings}
+    assert found == {identity(f): f for f in whole.guard.findings}
     assert_same_bits(second.guard.state_dict(), whole.guard.state_dict())
 
 
