@@ -26,8 +26,8 @@ from lightning_gradguard.diagnose import Finding, Thresholds
 from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
-from lightning_gradguard.pipeline import Outcome, Pipeline, Seen
-from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.pipeline import Outcome, Pipeline
+from lightning_gradguard.readings import Seen, TimeReading
 from lightning_gradguard.record import Recorder, StepRecord, format_report
 from lightning_gradguard.respond import (
     Action,

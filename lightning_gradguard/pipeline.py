@@ -19,9 +19,11 @@ from lightning_gradguard.diagnose import (
     layer_detectors,
     time_detectors,
 )
-from lightning_gradguard.readings import Inspection, ModelFacts, NonFiniteOrigin, TimeReading
+from lightning_gradguard.readings import ModelFacts, Seen
 from lightning_gradguard.record import Recorder, StepRecord
 from lightning_gradguard.respond.ladder import Ladder, StepPlan
+
+_NOTHING = Seen()
 
 
 @dataclass(frozen=True)
@@ -61,43 +63,6 @@ class Outcome:
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
         """The inverse of :meth:`to_dict`."""
         return cls(**{**values, "plan": StepPlan(**values["plan"])})
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was measured beside the total norm and the loss, and has become known with a step.
-
-    Attributes:
-        time: Readings through time.
-        inspection: A look at every layer.
-        new_phase: Whether the run changed course before this step.
-        origin: Where NaN or Inf first appeared, if that was looked for.
-    """
-
-    time: tuple[TimeReading, ...] = ()
-    inspection: Inspection | None = None
-    new_phase: bool = False
-    origin: NonFiniteOrigin | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "time": [reading.to_dict() for reading in self.time],
-            "inspection": self.inspection and self.inspection.to_dict(),
-            "new_phase": self.new_phase,
-            "origin": self.origin and self.origin.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Seen:
-        """The inverse of :meth:`to_dict`."""
-        inspection, origin = values["inspection"], values["origin"]
-        return cls(
-            time=tuple(TimeReading.from_dict(reading) for reading in values["time"]),
-            inspection=inspection and Inspection.from_dict(inspection),
-            new_phase=values["new_phase"],
-            origin=origin and NonFiniteOrigin.from_dict(origin),
-        )
 
 
 class Pipeline:
@@ -147,7 +112,7 @@ class Pipeline:
         self,
         outcome: Outcome,
         norms: Callable[[], Mapping[str, float]] | None = None,
-        seen: Seen = Seen(),
+        seen: Seen = _NOTHING,
     ) -> None:
         """Diagnose, respond to and record one step.
 
@@ -163,6 +128,8 @@ class Pipeline:
             findings = self._diagnose(outcome, norms if not finite else None, seen)
             self._respond(outcome, dropped, findings)
         self.recorder.time(seen.time)
+        if seen.inspection is not None:
+            self.recorder.inspect(seen.inspection)
         self._counts["steps"] += 1
         self._counts["skipped_steps"] += dropped
         self._counts["clipped_steps"] += 0.0 < outcome.coefficient < 1.0

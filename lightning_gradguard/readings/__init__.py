@@ -9,6 +9,7 @@ from lightning_gradguard.readings.layers import (
     ParameterReading,
 )
 from lightning_gradguard.readings.model import ModelFacts
+from lightning_gradguard.readings.seen import Seen
 from lightning_gradguard.readings.time import HORIZON_FACTOR, MAX_BINS, TimeReading
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "ModelFacts",
     "NonFiniteOrigin",
     "ParameterReading",
+    "Seen",
     "TimeReading",
 ]

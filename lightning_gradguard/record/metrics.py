@@ -7,7 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.measure import layer_index
+from lightning_gradguard.measure.updates import RMS_FLOOR
+from lightning_gradguard.readings import Inspection, TimeReading
 from lightning_gradguard.record.history import StepRecord
 
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_./]")
@@ -83,6 +85,39 @@ def time_metrics(readings: Iterable[TimeReading], label: str = "") -> dict[str, 
         for name in ("decay_rate", "half_life", "horizon", "recency")
     }
     return {_labelled(key, label): v for key, v in values.items() if math.isfinite(v)}
+
+
+def inspection_metrics(
+    inspection: Inspection, depth: int | None = None, label: str = ""
+) -> dict[str, float]:
+    """The relative update of each layer, and how fast the gradient changes through them.
+
+    Args:
+        inspection: A look at every layer.
+        depth: Components of the module path that make a layer; default: the whole path.
+        label: Name of the optimizer where there are several.
+
+    Example:
+        >>> from lightning_gradguard.readings import ParameterReading
+        >>> weight = ParameterReading("net.0.weight", weight_norm=2.0, update_ratio=0.01)
+        >>> inspection_metrics(Inspection(0, (weight,), depth_slope=-0.1))
+        {'update_ratio/net.0': 0.01, 'grad_depth/slope': -0.1}
+    """
+    known = [p for p in inspection.parameters if math.isfinite(p.update_ratio * p.weight_norm)]
+    layers, numbers = layer_index((p.name for p in known), depth)
+    moved, norms = [0.0] * len(layers), [0.0] * len(layers)
+    for number, parameter in zip(numbers, known, strict=True):
+        norm = max(parameter.weight_norm, RMS_FLOOR * math.sqrt(parameter.elements))
+        moved[number] = math.hypot(moved[number], parameter.update_ratio * norm)
+        norms[number] = math.hypot(norms[number], norm)
+    values = {
+        metric_key("update_ratio", layer): change / norm
+        for layer, change, norm in zip(layers, moved, norms, strict=True)
+        if norm > 0.0
+    }
+    if math.isfinite(inspection.depth_slope):
+        values["grad_depth/slope"] = inspection.depth_slope
+    return {_labelled(key, label): value for key, value in values.items()}
 
 
 def modules_of_one_part(names: Iterable[str]) -> dict[str, str]:

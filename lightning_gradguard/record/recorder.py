@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
-from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.readings import Inspection, TimeReading
 from lightning_gradguard.record.history import History, StepRecord
 from lightning_gradguard.respond.actions import Action, ActionKind
 
@@ -48,6 +48,7 @@ class Recorder:
         self.findings: list[Finding] = []
         self.actions: list[Action] = []
         self.last: StepRecord | None = None
+        self.inspection: Inspection | None = None
         self._history = History(max_rows)
         self._readings: deque[TimeReading] = deque(maxlen=_MAX_READINGS)
         self._latest: dict[str, TimeReading] = {}
@@ -90,6 +91,10 @@ class Recorder:
         """Record readings through time."""
         self._readings.extend(readings)
         self._latest.update({reading.name: reading for reading in readings})
+
+    def inspect(self, inspection: Inspection) -> None:
+        """Record a look at every layer; the newest is kept."""
+        self.inspection = inspection
 
     def finding(self, finding: Finding) -> bool:
         """Record a finding that opened, changed or healed; returns whether it is a new one."""

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gradguard.readings import Inspection, ParameterReading
 from lightning_gradguard.record import StepRecord
 from lightning_gradguard.record.metrics import (
     count_metrics,
+    inspection_metrics,
     layer_metrics,
     metric_key,
     step_metrics,
@@ -69,3 +71,15 @@ def test_labels_keep_optimizers_apart(protecting: bool) -> None:
         assert not keys & seen
         seen |= keys
         assert all(label in key for key in keys)
+
+
+def test_the_relative_update_of_a_layer_is_that_of_its_tensors_together() -> None:
+    weight = ParameterReading("net.0.weight", 4, 2, weight_norm=3.0, update_ratio=0.02)
+    bias = ParameterReading("net.0.bias", 4, 1, weight_norm=4.0, update_ratio=0.01)
+    frozen = ParameterReading("net.1.weight", weight_norm=1.0)
+    metrics = inspection_metrics(Inspection(0, (weight, bias, frozen), depth_slope=-0.5), label="g")
+    together = math.hypot(3.0 * 0.02, 4.0 * 0.01) / 5.0
+    assert metrics == pytest.approx({"update_ratio/g/net.0": together, "grad_depth/g/slope": -0.5})
+    assert all(KEY.match(key) for key in metrics)
+    assert list(inspection_metrics(Inspection(0, (weight, bias)), depth=1)) == ["update_ratio/net"]
+    assert inspection_metrics(Inspection(0)) == {}
