@@ -21,8 +21,8 @@ from lightning_gradguard.dry_run.result import Preflight
 from lightning_gradguard.dry_run.training_loss import as_in_training, loss_function
 from lightning_gradguard.dry_run.untouched import untouched
 from lightning_gradguard.dry_run.words import depth_notes, loss_notes, missing_notes, time_notes
-from lightning_gradguard.measure import clean_name, layer_index
-from lightning_gradguard.measure.depth import DepthSlope, depth_slope
+from lightning_gradguard.measure import clean_name
+from lightning_gradguard.measure.depth import DepthSlope, weight_depth_slope
 from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.measure.timesteps import TimestepProbe
 from lightning_gradguard.readings import TimeReading
@@ -134,21 +134,17 @@ class _Trial:
         return Preflight(time, depth, tuple(self._losses), tuple(notes))
 
     def _depth(self) -> DepthSlope:
-        """Of the weights alone: biases and scales have no fan-in to compare gradients by."""
-        norms = {
-            name: math.hypot(*(norm or 0.0 for norm in values))
-            for name, *values in zip(self._parameters, *self._norms, strict=True)
-            if self._parameters[name].dim() >= 2
-        }
-        # Under a name for the root, whose own parameters would be a layer each.
-        layers, numbers = layer_index(f"model.{name}" for name in norms)
-        grads: list[list[float]] = [[] for _ in layers]
-        weights: list[list[float]] = [[] for _ in layers]
-        for number, (name, norm) in zip(numbers, norms.items(), strict=True):
-            grads[number].append(norm)
-            weights[number].append(_norm(self._parameters[name].data))
-        return depth_slope(
-            layers, [math.hypot(*norms) for norms in grads], [math.hypot(*n) for n in weights]
+        """Of the gradients of all batches together."""
+        columns = zip(self._parameters, *self._norms, strict=True)
+        return weight_depth_slope(
+            {
+                name: (
+                    math.hypot(*(norm or 0.0 for norm in norms)),
+                    _norm(self._parameters[name].data),
+                )
+                for name, *norms in columns
+                if self._parameters[name].dim() >= 2
+            }
         )
 
     def _without_gradient(self) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_gradguard.measure._layers import layer_index
 from lightning_gradguard.measure.student_t import student_t
 
 _FEWEST_LAYERS = 3
@@ -62,6 +63,29 @@ def depth_slope(
     if len(points) < _FEWEST_LAYERS:
         return DepthSlope(math.nan, math.nan, len(points))
     return _fit(points)
+
+
+def weight_depth_slope(norms: Mapping[str, tuple[float, float]]) -> DepthSlope:
+    """The slope from weight matrices by their names.
+
+    Give it weights alone: biases and scales have no fan-in to compare gradients by.
+
+    Args:
+        norms: Norms of the gradient and of the values of each weight, in forward order. Those of
+            one layer are taken together.
+
+    Example:
+        >>> norms = {f"{place}.weight": (10.0**place, 1.0) for place in range(4)}
+        >>> round(weight_depth_slope(norms).slope, 4)
+        -2.3026
+    """
+    # Under a name for the root, whose own parameters would be a layer each.
+    layers, numbers = layer_index(f"model.{name}" for name in norms)
+    grads, weights = [0.0] * len(layers), [0.0] * len(layers)
+    for number, (grad, weight) in zip(numbers, norms.values(), strict=True):
+        grads[number] = math.hypot(grads[number], grad)
+        weights[number] = math.hypot(weights[number], weight)
+    return depth_slope(layers, grads, weights)
 
 
 def _usable(norm: float) -> bool:

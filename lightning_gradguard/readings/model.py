@@ -13,7 +13,7 @@ class ModelFacts:
 
     Attributes:
         optimizer: Class name of the optimizer, ``"AdamW"``.
-        lr: Learning rate of its first group.
+        lr: Learning rate of its first group, before any scheduler moved it.
         momentum: Momentum of its first group, 0 if it has none.
         weight_decay: Of its first group.
         kinds: Module path to kind, in the order of registration, of modules without children:

@@ -1,0 +1,78 @@
+"""What is said of models and optimizers whose settings are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from lightning_gradguard.measure.model_facts import model_facts
+
+
+def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **settings})
+
+
+class Odd(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_kinds() -> None:
+    modules: dict[str, tuple[nn.Module, str]] = {
+        "linear": (nn.Linear(2, 2), "linear"),
+        "conv": (nn.Conv1d(2, 2, 1), "conv"),
+        "transposed": (nn.ConvTranspose2d(2, 2, 1), "conv"),
+        "embedding": (nn.Embedding(2, 2), "embedding"),
+        "lstm": (nn.LSTM(2, 2), "lstm"),
+        "gru": (nn.GRUCell(2, 2), "gru"),
+        "rnn": (nn.RNN(2, 2), "rnn"),
+        "batch": (nn.BatchNorm2d(2), "batch_norm"),
+        "sync": (nn.SyncBatchNorm(2), "batch_norm"),
+        "layer": (nn.LayerNorm(2), "layer_norm"),
+        "group": (nn.GroupNorm(1, 2), "layer_norm"),
+        "dropout": (nn.Dropout2d(), "dropout"),
+        "attention": (nn.MultiheadAttention(2, 1), "attention"),
+        "relu6": (nn.ReLU6(), "relu6"),
+        "hardtanh": (nn.Hardtanh(), "hardtanh"),
+        "silu": (nn.SiLU(inplace=True), "silu"),
+        "leaky": (nn.LeakyReLU(), "leakyrelu"),
+        "odd": (Odd(), "other"),
+        "orthogonal": (orthogonal(nn.Linear(2, 2)), "linear"),
+    }
+    model = nn.ModuleDict({name: module for name, (module, _) in modules.items()})
+    model["batch"].eval()
+    facts = model_facts(model, sgd(model))
+    assert dict(facts.kinds) == {name: kind for name, (_, kind) in modules.items()}
+    assert list(facts.kinds) == list(modules)
+    assert dict(facts.training) == {
+        "batch": False, "sync": True, "layer": True, "group": True, "dropout": True,
+    }  # fmt: skip
+
+
+def test_names_are_without_wrappers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    model[0] = torch.compile(model[0], backend="eager")
+    assert dict(model_facts(model, sgd(model)).kinds) == {"0": "linear", "1": "tanh"}
+
+
+@pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25)])
+def test_settings_of_the_first_group(lr: Any) -> None:
+    model = nn.Linear(2, 2)
+    facts = model_facts(model, sgd(model, lr=lr, momentum=0.9, weight_decay=0.01))
+    assert (facts.optimizer, facts.lr, facts.momentum) == ("SGD", 0.25, 0.9)
+    assert facts.weight_decay == 0.01
+    assert (facts.precision, facts.planned_steps) == ("", None)
+    adam = model_facts(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    assert (adam.optimizer, adam.momentum) == ("AdamW", 0.0)
+
+
+def test_a_rate_that_is_elsewhere_is_not_read() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")  # reading it would raise
+    assert math.isnan(model_facts(model, optimizer).lr)
