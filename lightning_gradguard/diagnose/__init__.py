@@ -8,17 +8,26 @@ symptom alone is only `Severity.INFO`.
 from __future__ import annotations
 
 from lightning_gradguard.diagnose.baseline import RobustBaseline, log_norm
+from lightning_gradguard.diagnose.dead_units import DeadUnitsDetector
 from lightning_gradguard.diagnose.detector import Detector, Observation, TimeDetector
 from lightning_gradguard.diagnose.diagnosis import Diagnosis, by_cause
 from lightning_gradguard.diagnose.divergence import DivergingDetector
 from lightning_gradguard.diagnose.explosion import ExplodingDetector
 from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.non_finite import NonFiniteDetector
+from lightning_gradguard.diagnose.not_training import NotTrainingDetector
+from lightning_gradguard.diagnose.oscillation import OscillatingDetector
+from lightning_gradguard.diagnose.saturation import SaturationDetector
 from lightning_gradguard.diagnose.spike import LossSpikeDetector
+from lightning_gradguard.diagnose.stagnation import StagnatingDetector
 from lightning_gradguard.diagnose.thresholds import Thresholds
 from lightning_gradguard.diagnose.time_decay import TimeExplosionDetector, VanishingInTimeDetector
+from lightning_gradguard.diagnose.underflow import UnderflowDetector
+from lightning_gradguard.diagnose.update_range import UpdateRangeDetector
+from lightning_gradguard.diagnose.vanishing_in_depth import VanishingInDepthDetector
 
 __all__ = [
+    "DeadUnitsDetector",
     "Detector",
     "Diagnosis",
     "DivergingDetector",
@@ -26,14 +35,21 @@ __all__ = [
     "Finding",
     "LossSpikeDetector",
     "NonFiniteDetector",
+    "NotTrainingDetector",
     "Observation",
+    "OscillatingDetector",
     "Pathology",
     "Remedy",
     "RobustBaseline",
+    "SaturationDetector",
     "Severity",
+    "StagnatingDetector",
     "Thresholds",
     "TimeDetector",
     "TimeExplosionDetector",
+    "UnderflowDetector",
+    "UpdateRangeDetector",
+    "VanishingInDepthDetector",
     "VanishingInTimeDetector",
     "by_cause",
     "default_detectors",
@@ -61,6 +77,8 @@ def default_detectors(thresholds: Thresholds | None = None) -> list[Detector]:
         ExplodingDetector(thresholds),
         LossSpikeDetector(thresholds),
         DivergingDetector(thresholds),
+        OscillatingDetector(thresholds),
+        StagnatingDetector(thresholds),
     ]
 
 
@@ -72,8 +90,24 @@ def layer_detectors(thresholds: Thresholds | None = None) -> list[Detector]:
 
     Args:
         thresholds: The numbers they use; `Thresholds()` if not given.
+
+    Example:
+        >>> from lightning_gradguard.readings import Inspection, ParameterReading
+        >>> head = ParameterReading("head.weight", in_optimizer=False, grad_norm=0.1)
+        >>> detectors = layer_detectors()
+        >>> steps = [Observation(s, 2.3, 1.0, inspection=Inspection(s, (head,))) for s in (0, 1)]
+        >>> [(f.pathology.value, f.where) for s in steps for d in detectors for f in d.observe(s)]
+        [('layer_not_training', 'head')]
     """
-    return []
+    thresholds = thresholds or Thresholds()
+    return [
+        NotTrainingDetector(thresholds),
+        UnderflowDetector(thresholds),
+        DeadUnitsDetector(thresholds),
+        SaturationDetector(thresholds),
+        VanishingInDepthDetector(thresholds),
+        UpdateRangeDetector(thresholds),
+    ]
 
 
 def time_detectors(thresholds: Thresholds | None = None) -> list[TimeDetector]:

@@ -169,6 +169,13 @@ class RobustBaseline:
         self._side = int(state["side"])
         self._restart(values)
 
+    def relearn(self) -> None:
+        """Forgets all values, so that it judges none until `warmup` new ones are in.
+
+        For a run that has changed course: the levels before are no measure of what comes.
+        """
+        self.reset()
+
     def reset(self) -> None:
         """Forgets everything."""
         self._run = []

@@ -34,7 +34,8 @@ class DivergingDetector:
     that grew count. Above the best level for `diverging_blocks` blocks is `INFO`, and a `WARNING`
     once `lost_progress` of the progress is gone. Above the early level for `far_blocks` blocks, or
     without a single loss as good as the early level for `diverging_blocks` blocks, is a `WARNING`;
-    either for `critical_blocks` blocks is `CRITICAL`.
+    either for `critical_blocks` blocks is `CRITICAL`. Where the run changes course, the best level
+    is that of the new phase, see `LossProgress`.
     """
 
     _above_best: int
@@ -49,6 +50,8 @@ class DivergingDetector:
 
     def observe(self, observation: Observation) -> list[Finding]:
         """Takes in one step; see `Detector.observe`."""
+        if observation.new_phase:
+            self._progress.new_phase()
         loss = known_loss(observation)
         if loss is None or not self._progress.update(loss):
             return []
@@ -132,4 +135,5 @@ class DivergingDetector:
             f"{progress.best:.4g} for {steps} steps (early in training it was "
             f"{progress.early:.4g}), {follows}.",
             _DIVERGING,
+            since=max(0, observation.step - steps + 1),
         )

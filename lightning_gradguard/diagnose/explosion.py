@@ -43,7 +43,7 @@ class ExplodingDetector:
     there is no functional evidence, so no finding is above `INFO`.
 
     A zero norm is neither a symptom nor part of the baseline; non-finite norms are left to
-    `NonFiniteDetector`.
+    `NonFiniteDetector`. Where the run changes course, all levels of the norm are learned anew.
     """
 
     _block: list[float]
@@ -55,6 +55,8 @@ class ExplodingDetector:
     _blown: int
     _growing_for: int
     _high: int
+    _grows_since: int | None
+    _since: int | None
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self._thresholds = t = thresholds or Thresholds()
@@ -67,6 +69,8 @@ class ExplodingDetector:
 
     def observe(self, observation: Observation) -> list[Finding]:
         """Takes in one step; see `Detector.observe`."""
+        if observation.new_phase:
+            self._start_phase()
         loss = known_loss(observation)
         if loss is not None:
             self._progress.update(loss)
@@ -84,7 +88,7 @@ class ExplodingDetector:
         self._tallest = max(excess, self._tallest * (1.0 - 1.0 / t.window))
         z = baseline.update(value)
         self._follow_start(value, loss)
-        self._follow_growth(value)
+        self._follow_growth(value, observation.step)
         if z > t.outlier_z:
             self._high = min(self._high + 1, 2 * t.persistence)
         elif self._high:
@@ -93,8 +97,11 @@ class ExplodingDetector:
         growing = self._growth >= max(t.growth, t.outlier_z * self._noise)
         self._growing_for = self._growing_for + 1 if growing else 0
         if not (growing or self._high or self._blown):
+            self._since = None
             self._episode.calm()
             return []
+        if self._since is None:
+            self._since = self._grows_since if growing else observation.step
         return self._judge(observation, excess, z, (z > t.outlier_z and stands_out) or growing)
 
     def is_open(self, where: str) -> bool:
@@ -116,6 +123,8 @@ class ExplodingDetector:
             "blown": self._blown,
             "growing_for": self._growing_for,
             "high": self._high,
+            "grows_since": self._grows_since,
+            "since": self._since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,20 +141,32 @@ class ExplodingDetector:
         self._blown = state["blown"]
         self._growing_for = state["growing_for"]
         self._high = state["high"]
+        self._grows_since = state["grows_since"]
+        self._since = state["since"]
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._baseline.reset()
         self._progress.reset()
         self._episode.reset()
+        self._noise = 0.0
+        self._relearn()
+
+    def _start_phase(self) -> None:
+        self._progress.new_phase()
+        self._relearn()
+
+    def _relearn(self) -> None:
+        """Forgets every level of the norm, but not how noisy it is nor what was reported."""
+        self._baseline.relearn()
         self._block = []
         self._level = None
         self._first = None
-        self._noise = self._tallest = 0.0
+        self._tallest = 0.0
         self._growth = 0.0
         self._blown = 0
         self._growing_for = 0
         self._high = 0
+        self._grows_since = self._since = None
 
     def _follow_start(self, value: float, loss: float | None) -> None:
         """Counts steps whose norm is far above the very first while the loss has doubled."""
@@ -162,7 +183,7 @@ class ExplodingDetector:
         elif self._blown:
             self._blown = max(0, self._blown - t.start_leak)
 
-    def _follow_growth(self, value: float) -> None:
+    def _follow_growth(self, value: float, step: int) -> None:
         """One CUSUM step per block of log-norms, on its median, so that no outlier counts."""
         block = self._block
         block.append(value)
@@ -173,8 +194,10 @@ class ExplodingDetector:
         noise = MAD_TO_SCALE * median(abs(v - level) for v in block)
         self._noise += self._thresholds.growth_noise_weight * (noise - self._noise)
         if self._level is not None:
-            step = level - self._level - self._thresholds.growth_allowance * size
-            self._growth = max(0.0, self._growth + step)
+            rise = level - self._level - self._thresholds.growth_allowance * size
+            if not self._growth:
+                self._grows_since = step - size + 1
+            self._growth = max(0.0, self._growth + rise)
         self._level, self._block = level, []
 
     def _judge(
@@ -223,6 +246,7 @@ class ExplodingDetector:
             },
             f"The gradient norm of {in_words(where)} is {times:.3g} times {reference}, {follows}.",
             _EXPLODING,
+            since=self._since,
         )
 
 

@@ -11,6 +11,7 @@ from lightning_gradguard.diagnose.episode import Episode
 from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
 from lightning_gradguard.diagnose.places import in_words, module_of
 from lightning_gradguard.diagnose.thresholds import Thresholds
+from lightning_gradguard.readings import NonFiniteOrigin
 
 _NON_FINITE_GRADIENT = (
     Remedy(
@@ -45,8 +46,11 @@ _NON_FINITE_LOSS = (
 class NonFiniteDetector:
     """NaN or Inf in the loss or a gradient: critical at once, without a gate.
 
-    Names the module of the first parameter, in forward order, whose norm is not finite; `"model"`
-    if no parameter's norm shows it; `"loss"` if the gradients are finite.
+    Names the place that was found by looking again (`Observation.origin`): a module, `"batch"` or
+    `"loss"`. Without it, the norms tell: under a finite loss the trouble began on the way back, in
+    the last module, in forward order, whose gradient is not finite, as it passes on to all before
+    it. Under a loss that is not, every gradient may be so: `"model"`, or `"loss"` if all gradients
+    are finite.
     """
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
@@ -61,9 +65,7 @@ class NonFiniteDetector:
             return []
         if not self._episode.report(Severity.CRITICAL):
             return []
-        if math.isfinite(observation.total_norm):
-            return [_non_finite_loss(observation)]
-        return [_non_finite_gradient(observation, loss_is_finite)]
+        return [_finding(observation)]
 
     def is_open(self, where: str) -> bool:
         """Whether the finding has not healed; see `Detector.is_open`."""
@@ -82,36 +84,128 @@ class NonFiniteDetector:
         self._episode.reset()
 
 
-def _non_finite_loss(observation: Observation) -> Finding:
-    return Finding(
-        Pathology.NON_FINITE,
-        Severity.CRITICAL,
-        "loss",
-        observation.step,
-        {"loss_is_finite": 0.0, "non_finite_parameters": 0.0},
-        f"The loss is {observation.loss} at step {observation.step} although all gradients are "
-        "finite, so the batch or the loss function is at fault and the step teaches nothing.",
-        _NON_FINITE_LOSS,
-    )
-
-
-def _non_finite_gradient(observation: Observation, loss_is_finite: bool) -> Finding:
-    norms = observation.norms or {}
-    bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    where = module_of(bad[0]) if bad else "model"
-    count = f" ({len(bad)} of {len(norms)} parameters)" if bad else ""
-    loss = "finite" if loss_is_finite else str(observation.loss)
+def _finding(observation: Observation) -> Finding:
+    origin = observation.origin
+    loss_is_finite = observation.loss is None or math.isfinite(observation.loss)
+    evidence = _evidence(observation, loss_is_finite)
+    if origin is not None:
+        where, message = _of_origin(observation, origin)
+        evidence |= _position(origin)
+    elif math.isfinite(observation.total_norm):
+        where, message = _of_loss(observation)
+    else:
+        where, message = _of_norms(observation)
     return Finding(
         Pathology.NON_FINITE,
         Severity.CRITICAL,
         where,
         observation.step,
-        {
-            "loss_is_finite": float(loss_is_finite),
-            "non_finite_parameters": float(len(bad)),
-            "parameters": float(len(norms)),
-        },
-        f"The gradient in {in_words(where)} is not finite at step {observation.step}{count} while "
-        f"the loss is {loss}, so this step would make the weights NaN for good.",
-        _NON_FINITE_GRADIENT if loss_is_finite else _NON_FINITE_LOSS,
+        evidence,
+        message,
+        _NON_FINITE_GRADIENT if loss_is_finite and where != "batch" else _NON_FINITE_LOSS,
+        timestep=origin.timestep if origin is not None else None,
+        since=observation.step,
+        fact=True,
     )
+
+
+def _evidence(observation: Observation, loss_is_finite: bool) -> dict[str, float]:
+    norms = observation.norms or {}
+    return {
+        "loss_is_finite": float(loss_is_finite),
+        "non_finite_parameters": float(len(_bad(norms))),
+        "parameters": float(len(norms)),
+    }
+
+
+def _position(origin: NonFiniteOrigin) -> dict[str, float]:
+    numbers = {"timestep": origin.timestep, "sample": origin.sample}
+    known = {name: float(number) for name, number in numbers.items() if number is not None}
+    return {**known, "batch": 1.0} if origin.place == "batch" else known
+
+
+def _bad(norms: Mapping[str, float]) -> list[str]:
+    return [name for name, norm in norms.items() if not math.isfinite(norm)]
+
+
+# ---- found by looking again ---------------------------------------------------------------------
+
+
+def _of_origin(observation: Observation, origin: NonFiniteOrigin) -> tuple[str, str]:
+    """The place and the sentence about it."""
+    step, at = observation.step, _at(origin)
+    where = origin.module or "model"
+    place = in_words(where) if origin.module else "the model's own code outside its modules"
+    if origin.place == "batch":
+        part = f" in `{origin.module}`" if origin.module else ""
+        return "batch", (
+            f"The batch of step {step} holds NaN or Inf{part}{at}, so no loss or gradient of it "
+            "can be used."
+        )
+    if origin.place == "weights":
+        return where, (
+            f"The weights of {in_words(where)} hold NaN or Inf before step {step}, so every loss "
+            "and gradient from then on is lost."
+        )
+    if origin.place == "loss":
+        return "loss", (
+            f"The loss is {observation.loss} at step {step} although the outputs of all modules "
+            "are finite, so the loss function itself is at fault."
+        )
+    if origin.place == "forward":
+        finite_input = ", although its input is" if origin.module else ""
+        return where, (
+            f"The forward pass is first not finite in {place} at step {step}{at}{finite_input}, so "
+            f"the loss is {observation.loss}."
+        )
+    if not origin.module:
+        place = "the loss, before it reaches a module"
+    return where, (
+        f"The backward pass is first not finite in {place} at step {step}{at} while the loss is "
+        f"{_loss(observation)}, so this step would make the weights NaN for good."
+    )
+
+
+def _at(origin: NonFiniteOrigin) -> str:
+    if origin.timestep is not None and origin.sample is not None:
+        return f", at timestep {origin.timestep} of sample {origin.sample}"
+    if origin.timestep is not None:
+        return f", at timestep {origin.timestep}"
+    return f", in sample {origin.sample}" if origin.sample is not None else ""
+
+
+def _loss(observation: Observation) -> str:
+    return "not known" if observation.loss is None else f"{observation.loss:.3g}"
+
+
+# ---- told from the norms ------------------------------------------------------------------------
+
+
+def _of_loss(observation: Observation) -> tuple[str, str]:
+    return "loss", (
+        f"The loss is {observation.loss} at step {observation.step} although all gradients are "
+        "finite, so the batch or the loss function is at fault and the step teaches nothing."
+    )
+
+
+def _of_norms(observation: Observation) -> tuple[str, str]:
+    where = _last_in_forward_order(observation)
+    norms = observation.norms or {}
+    bad = len(_bad(norms))
+    count = f" ({bad} of {len(norms)} parameters)" if bad else ""
+    back = "of the model" if where == "model" else f"from {in_words(where)} back to the input"
+    return where, (
+        f"The gradient {back} is not finite at step {observation.step}{count} while the loss is "
+        f"{_loss(observation)}, so this step would make the weights NaN for good."
+    )
+
+
+def _last_in_forward_order(observation: Observation) -> str:
+    """Where the gradient, which comes from the loss, was not finite for the first time."""
+    norms, loss = observation.norms or {}, observation.loss
+    bad = _bad(norms)
+    if not bad or (loss is not None and not math.isfinite(loss)):
+        return "model"
+    if loss is None and bad[-1] == list(norms)[-1]:
+        return "model"  # as it comes from the loss, which may be to blame
+    return module_of(bad[-1])

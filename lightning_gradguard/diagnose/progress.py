@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE
 from lightning_gradguard.diagnose.detector import Observation
+from lightning_gradguard.diagnose.stages import LossStages
 from lightning_gradguard.diagnose.thresholds import Thresholds
 
 # Far from float64's limit, so that differences of two losses and their multiples stay finite.
@@ -28,6 +29,10 @@ def known_loss(observation: Observation) -> float | None:
 class LossProgress:
     """Early, best and present level of the loss, from medians of blocks of steps.
 
+    After a change of course (`new_phase`) the best level of the new phase takes the place of the
+    best of all where a rise is judged: a restart of the learning rate lifts the loss, and it is
+    the way back down that counts.
+
     Everything is a difference measured in noise scales or in the improvement made so far, so
     neither scaling nor a negative loss matters. Only a positive level also gives a margin in
     proportion to itself (`Thresholds.level_margin`): a loss that was ever at zero or below has no
@@ -39,7 +44,12 @@ class LossProgress:
     _count: int
     _moves: list[float]
     _wander: float
+    _grace: int
+    _phase_best: float
+    _phase_noise: float
+    _lowest_ever: float
     first: float
+    start: float
     early: float
     early_noise: float
     best: float
@@ -50,6 +60,7 @@ class LossProgress:
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._thresholds = thresholds
+        self.stages = LossStages(thresholds)
         self.reset()
 
     @property
@@ -66,11 +77,28 @@ class LossProgress:
             return median(self._block[-recent:])
         return median(self._previous[-missing:] + self._block)
 
+    @property
+    def count(self) -> int:
+        """Losses entered."""
+        return self._count
+
+    @property
+    def positive(self) -> bool:
+        """Whether every loss was above zero, so that a share of it means something."""
+        return self._lowest_ever > 0.0
+
+    def new_phase(self) -> None:
+        """Takes in that the run changed course: what rises next is not a loss of progress yet."""
+        if self._count >= self._thresholds.block:
+            self._grace = self._thresholds.phase_blocks
+
     def update(self, loss: float) -> bool:
         """Enters a finite loss; returns whether it completed a block."""
         block = self._block
         if not self._count:
-            self.first = loss
+            self.first = self._lowest_ever = loss
+        elif loss < self._lowest_ever:
+            self._lowest_ever = loss
         block.append(loss)
         self._count += 1
         if self._count == self._thresholds.early_steps:
@@ -92,14 +120,15 @@ class LossProgress:
         noise of the early losses instead.
         """
         unit = max(self.early - self.best, 0.5 * self._margin(self.early, self.early_noise))
-        rise = level - self.best
+        rise = level - (self.best if self._grace else self._phase_best)
         if rise <= 0.0:
             return 0.0
         return rise / unit if unit > 0.0 else math.inf
 
     def above_best(self, level: float) -> bool:
-        """Whether `level` is above the best level by more than noise."""
-        return level > self.best + self._margin(self.best, self.best_noise)
+        """Whether `level` is above the best level by more than noise; not yet in a new phase."""
+        best = self._phase_best
+        return not self._grace and level > best + self._margin(best, self._phase_noise)
 
     def above_early(self, level: float) -> bool:
         """Whether `level` is above the early level by more than noise."""
@@ -123,11 +152,40 @@ class LossProgress:
         if not self.ready:
             return False
         present = self.present
-        return self.above_best(present) and self.lost(present) >= self._thresholds.lost_progress
+        above = self.above_early(present) if self._grace else self.above_best(present)
+        return above and self.lost(present) >= self._thresholds.lost_progress
 
-    def is_stuck(self) -> bool:
-        """Whether the present loss is no better than early in training."""
-        return self.ready and self.present >= self.early - self.early_noise
+    def is_stuck(self, *, alone: bool = False) -> bool:
+        """The gate: the loss shows that this run does not learn.
+
+        In a young run the present loss is no better than the first block. From `stage_points`
+        blocks on, the level of the last quarter is no better, beyond noise, than it was in the
+        first steps so far (`early_share`; `fallen_share` if it has fallen), and does not fall. So a
+        run that learned the mean of its targets at once and nothing since is stuck; one that
+        improved for longer is not, nor one that improves slowly, nor one whose loss ever fell below
+        `solved_level` of its start.
+
+        Args:
+            alone: Whether there is no other symptom, so that this is all the evidence.
+        """
+        if not self.ready:
+            return False
+        if not self.stages.ready:
+            return self._is_stuck_young()
+        t = self._thresholds
+        solved = self.positive and self.best < t.solved_level * self.start
+        if solved or self.best == self.start == 0.0:
+            return False
+        share, slack = t.early_share, 0.0
+        if self.has_fallen():
+            share = t.fallen_share_alone if alone else t.fallen_share
+            slack = t.reached * (self.start - self.stages.present)
+        return self.stages.is_stuck(share, slack, self.present, positive=self.positive)
+
+    def has_fallen(self) -> bool:
+        """Whether a stuck loss is far below its first level, so that it may be all it can be."""
+        level = self.stages.present if self.stages.ready else self.level
+        return self.positive and level < self._thresholds.fallen_level * self.start
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers and lists."""
@@ -144,6 +202,12 @@ class LossProgress:
             "lowest": self.lowest,
             "first": self.first,
             "moves": list(self._moves),
+            "start": self.start,
+            "lowest_ever": self._lowest_ever,
+            "grace": self._grace,
+            "phase_best": self._phase_best,
+            "phase_noise": self._phase_noise,
+            "stages": self.stages.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -161,6 +225,12 @@ class LossProgress:
         self.first = state["first"]
         self._moves = list(state["moves"])
         self._wander = self._measure_wander()
+        self.start = state["start"]
+        self._lowest_ever = state["lowest_ever"]
+        self._grace = state["grace"]
+        self._phase_best = state["phase_best"]
+        self._phase_noise = state["phase_noise"]
+        self.stages.load_state_dict(state["stages"])
 
     def reset(self) -> None:
         """Forgets everything."""
@@ -170,8 +240,17 @@ class LossProgress:
         self._moves = []
         self._wander = 0.0
         self.first = self.early = self.early_noise = 0.0
-        self.best = self.best_noise = 0.0
+        self.best = self.best_noise = self._phase_best = self._phase_noise = 0.0
+        self.start = self._lowest_ever = 0.0
+        self._grace = 0
+        self.stages.reset()
         self.level = self.low = self.lowest = 0.0
+
+    def _is_stuck_young(self) -> bool:
+        # Early losses that fall steeply have a spread as large as their level; it must not hide
+        # that a positive loss is at a fraction of it.
+        better = self.early > 0.0 and self.present < self._thresholds.better_level * self.early
+        return not better and self.present >= self.early - self.early_noise
 
     def _margin(self, level: float, noise: float) -> float:
         t = self._thresholds
@@ -188,8 +267,11 @@ class LossProgress:
 
     def _set_first_reference(self) -> None:
         # The range, not the MAD: a MAD of so few values is often near zero by chance.
-        self.early = self.best = median(self._block)
-        self.early_noise = self.best_noise = max(self._block) - min(self._block)
+        self.early = self.best = self._phase_best = median(self._block)
+        # A run that blows up at its first update began where its first loss was.
+        self.start = min(self.first, self.early)
+        spread = max(self._block) - min(self._block)
+        self.early_noise = self.best_noise = self._phase_noise = spread
 
     def _finish_block(self) -> None:
         block = self._block
@@ -199,13 +281,17 @@ class LossProgress:
         if self._count == len(block):
             # A run that blows up inside its first block keeps its first losses as the reference.
             if not self.above_early(level):
-                self.early = self.best = level
-            self.early_noise = self.best_noise = noise
+                self.early = self.best = self._phase_best = level
+            self.early_noise = self.best_noise = self._phase_noise = noise
         else:
             moves = [*self._moves, abs(level - self.level)]
             self._moves = moves[-self._thresholds.moves :]
             self._wander = self._measure_wander()
         if level < self.best:
             self.best, self.best_noise = level, noise
+        if self._grace or level < self._phase_best:
+            self._phase_best, self._phase_noise = level, noise
+        self._grace = max(0, self._grace - 1)
+        self.stages.enter(level)
         self.level, self.low, self.lowest = level, ranked[len(ranked) // 4], ranked[0]
         self._previous, self._block = block, []

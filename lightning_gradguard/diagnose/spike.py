@@ -33,13 +33,15 @@ class LossSpikeDetector:
 
     The warning needs the spike to last `spike_persistence` steps and to give back a decisive part
     of the progress (`lost_progress`): a restart of the learning rate also lifts the loss for
-    long, but not back to where training began.
+    long, but not back to where training began. Where the run changes course, the usual loss is
+    learned anew.
     """
 
     _steps: int
     _below: int
     _limit: float
     _usual: float
+    _since: int
     _tallest: float
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
@@ -58,6 +60,10 @@ class LossSpikeDetector:
 
     def observe(self, observation: Observation) -> list[Finding]:
         """Takes in one step; see `Detector.observe`."""
+        if observation.new_phase:
+            self._baseline.relearn()
+            self._tallest = 0.0
+            self._progress.new_phase()
         loss = known_loss(observation)
         if loss is None:
             return []
@@ -74,7 +80,7 @@ class LossSpikeDetector:
         if not (z > t.outlier_z and stands_out):
             self._episode.calm()
             return []
-        self._steps, self._limit, self._usual = 1, limit, usual
+        self._steps, self._limit, self._usual, self._since = 1, limit, usual, observation.step
         return self._report(observation, loss, z, Severity.INFO)
 
     def is_open(self, where: str) -> bool:
@@ -91,6 +97,7 @@ class LossSpikeDetector:
             "limit": self._limit,
             "usual": self._usual,
             "below": self._below,
+            "since": self._since,
             "tallest": self._tallest,
         }
 
@@ -103,6 +110,7 @@ class LossSpikeDetector:
         self._limit = state["limit"]
         self._usual = state["usual"]
         self._below = state["below"]
+        self._since = state["since"]
         self._tallest = state["tallest"]
 
     def reset(self) -> None:
@@ -112,7 +120,7 @@ class LossSpikeDetector:
         self._episode.reset()
         self._steps = 0
         self._limit = self._usual = 0.0
-        self._below = 0
+        self._below = self._since = 0
         self._tallest = 0.0
 
     def _follow(self, observation: Observation, loss: float, z: float) -> list[Finding]:
@@ -162,5 +170,6 @@ class LossSpikeDetector:
                 evidence,
                 text,
                 _LOSS_SPIKE,
+                since=self._since,
             )
         ]

@@ -134,6 +134,7 @@ def _finding(
         f"The gradient {'vanishes' if vanishes else 'explodes'} through time in "
         f"{_place(reading)}: {symptom}{causes}, {follows}.",
         vanishing_remedies(reading) if vanishes else explosion_remedies(reading),
+        since=verdict.since,
     )
 
 

@@ -10,6 +10,13 @@ from lightning_gradguard.readings import TimeReading
 
 # Gates whose recurrent weights torch keeps in one matrix, one block of rows each.
 _GATES = {"lstm": 4, "gru": 3}
+_MEASURED = "docs/remedies.md#"
+
+# A reading does not know the optimizer: its line is made for it where the model is known.
+SLOWER = Remedy(
+    "Lower the learning rate, because large updates are what grows recurrent weights.",
+    'for group in optimizer.param_groups: group["lr"] *= 0.1',
+)
 
 
 def vanishing_remedies(reading: TimeReading) -> tuple[Remedy, ...]:
@@ -19,9 +26,9 @@ def vanishing_remedies(reading: TimeReading) -> tuple[Remedy, ...]:
     if reading.kind == "gru":
         return (_chrono_gru(reading), _attention(reading), _shorter(reading))
     if reading.kind == "tanh":
-        return (_gated(reading), _orthogonal(reading), _shorter(reading))
+        return (_orthogonal(reading), _gated(reading), _shorter(reading))
     if reading.kind == "relu":
-        return (_identity(reading), _gated(reading), _shorter(reading))
+        return (_gated(reading), _identity(reading), _shorter(reading))
     return (_attention(reading), _shorter(reading))
 
 
@@ -29,15 +36,12 @@ def explosion_remedies(reading: TimeReading) -> tuple[Remedy, ...]:
     """Returns the remedies for a gradient that explodes, best first."""
     clip = Remedy(
         "Let the guard clip the gradient and cap the update.",
-        "Trainer(callbacks=[GradGuard()])",
-    )
-    slower = Remedy(
-        "Lower the learning rate, because large updates are what grows recurrent weights.",
-        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * lr)",
+        "trainer = Trainer(callbacks=[GradGuard()])",
+        _MEASURED + "clipping-and-capping",
     )
     if reading.kind == "other":
-        return (clip, slower, _shorter(reading))
-    return (clip, _orthogonal(reading), slower)
+        return (clip, SLOWER, _shorter(reading))
+    return (clip, _orthogonal(reading), SLOWER)
 
 
 def module_code(path: str) -> str:
@@ -71,6 +75,7 @@ def _chrono_lstm(reading: TimeReading) -> Remedy:
         "whole sequence (chrono initialization).",
         f"H, b = {module_code(reading.module)}.hidden_size, {bias}.data; "
         f"b[:H] = -b[H : 2 * H].uniform_(1, {most}).log_()",
+        _MEASURED + "chrono-initialization-of-an-lstm",
     )
 
 
@@ -82,6 +87,7 @@ def _chrono_gru(reading: TimeReading) -> Remedy:
         "the whole sequence (chrono initialization).",
         f"H = {module_code(reading.module)}.hidden_size; "
         f"{bias}.data[H : 2 * H].uniform_(1, {most}).log_()",
+        _MEASURED + "chrono-initialization-of-a-gru",
     )
 
 
@@ -99,9 +105,16 @@ def _gated(reading: TimeReading) -> Remedy:
         put = f"setattr({module_code(parent)}, {name!r}, {new})"
     else:
         put = f"{code} = {new}"
+    # Without it a GRU forgets at first about as fast as what it replaces.
+    chrono = (
+        f"H = rnn.hidden_size; [p.data[H : 2 * H].uniform_(1, {reading.timesteps - 1}).log_() "
+        f"for n, p in {code}.named_parameters() if n.startswith('bias_hh')]"
+    )
     return Remedy(
-        "Use a gated module, whose state can keep the gradient over many steps.",
-        f"rnn = {code}; {put}",
+        "Use a gated module with chrono initialization, whose state keeps the gradient over many "
+        "steps.",
+        f"rnn = {code}; {put}; {chrono}",
+        _MEASURED + "gated-module",
     )
 
 
@@ -113,7 +126,9 @@ def _orthogonal(reading: TimeReading) -> Remedy:
     else:
         code = f"torch.nn.init.orthogonal_({weight})"
     return Remedy(
-        "Start the recurrent weights orthogonal, so that they keep the size of the gradient.", code
+        "Start the recurrent weights orthogonal, so that they keep the size of the gradient.",
+        code,
+        _MEASURED + "orthogonal-recurrence",
     )
 
 
@@ -121,15 +136,18 @@ def _identity(reading: TimeReading) -> Remedy:
     return Remedy(
         "Start the recurrent weights as the identity, so that ReLU units copy their state.",
         f"torch.nn.init.eye_({_parameter(reading, 'weight_hh')})",
+        _MEASURED + "identity-recurrence",
     )
 
 
 def _attention(reading: TimeReading) -> Remedy:
-    width = f"{module_code(reading.module)}.hidden_size" if reading.kind != "other" else "width"
+    known = reading.kind != "other"
+    width = f"{module_code(reading.module)}.hidden_size" if known else "output.shape[-1]"
     return Remedy(
         "Read the result out by attention over all steps, a path back whose length does not grow "
         "with the sequence.",
         f"attention = torch.nn.MultiheadAttention({width}, num_heads=1, batch_first=True)",
+        _MEASURED + "attention-readout",
     )
 
 

@@ -28,6 +28,7 @@ class Verdict:
         count: Readings in a row with the symptom, up to `Thresholds.time_persistence`.
         worse: Whether the loss is getting worse; if not, at a warning, it is no better than early.
         loss: Present and early level of the loss; empty while they are not known.
+        since: Step of the first of the readings in a row with the symptom.
     """
 
     reading: TimeReading
@@ -35,28 +36,32 @@ class Verdict:
     count: int
     worse: bool
     loss: Mapping[str, float]
+    since: int | None = None
 
 
 class _Part:
     """What is remembered of one layer and direction."""
 
-    __slots__ = ("episode", "marks", "step")
+    __slots__ = ("episode", "marks", "since", "step")
 
     def __init__(self, heal_readings: int) -> None:
         self.episode = Episode(heal_readings)
         self.step: int | None = None
+        self.since: int | None = None
         # Per reading of the present run of symptoms: rate, error, whether the loss was bad.
         self.marks: list[tuple[float, float, bool]] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "since": self.since,
             "marks": [list(mark) for mark in self.marks],
             "episode": self.episode.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
+        self.since = state["since"]
         self.marks = [(rate, error, bad) for rate, error, bad in state["marks"]]
         self.episode.load_state_dict(state["episode"])
 
@@ -69,7 +74,8 @@ class TimeWatch:
     that counted. A module that has readings per layer and direction is judged by these alone.
 
     `INFO` when the symptom lasts `time_persistence` readings in a row; `WARNING` when at each of
-    them the loss was no better than early, or worse. Neither while the rate recovers.
+    them the loss was no better than early, or worse, and `time_share` of the planned steps are
+    over. Neither while the rate recovers.
 
     Args:
         thresholds: The numbers that decide.
@@ -79,6 +85,7 @@ class TimeWatch:
 
     _parts: dict[str, _Part]
     _step: int | None
+    _planned: int
 
     def __init__(
         self,
@@ -105,10 +112,13 @@ class TimeWatch:
 
     def observe(self, observation: Observation) -> list[Verdict]:
         """Takes in one step; returns what became known with it, in the order of the readings."""
+        if observation.new_phase:
+            self._progress.new_phase()
         loss = known_loss(observation)
         if loss is not None:
             self._progress.update(loss)
         self._step = observation.step
+        self._planned = observation.model.planned_steps or 0
         usable = [reading for reading in observation.time if self._is_usable(reading)]
         if not usable:
             return []
@@ -151,18 +161,20 @@ class TimeWatch:
         self._progress.reset()
         self._parts = {}
         self._step = None
+        self._planned = 0
 
     @property
     def _needed(self) -> int:
         return self._thresholds.time_persistence
 
     def _loss_is_bad(self) -> bool:
-        progress = self._progress
-        # Early losses that fall steeply have a spread as large as their level; it must not hide
-        # that a positive loss is at a fraction of it.
-        bound = self._thresholds.better_level * progress.early
-        better = progress.early > 0.0 and progress.present < bound
-        return progress.is_worse() or (progress.is_stuck() and not better)
+        return self._progress.is_worse() or self._progress.is_stuck()
+
+    def _is_early(self) -> bool:
+        """Whether so little of the run is over that a flat loss means nothing."""
+        t = self._thresholds
+        least = max(2 * t.time_spacing, int(t.time_share * self._planned))
+        return self._progress.count <= least
 
     def _is_usable(self, reading: TimeReading) -> bool:
         return (
@@ -207,6 +219,8 @@ class TimeWatch:
             return []
         # The first losses of a run are the early level: no better than early, so far.
         bad = self._loss_is_bad() or not self._progress.ready
+        if not part.marks:
+            part.since = self._step
         mark = (reading.decay_rate, error, bad)
         part.marks = [*part.marks, mark][-self._needed :]
         severity = self._judge(part, known)
@@ -219,7 +233,7 @@ class TimeWatch:
             return Severity.INFO if self._note_at_once and known else None
         if self._is_recovering(part):
             return None
-        bad = self._loss_is_bad() and all(bad for _, _, bad in part.marks)
+        bad = not self._is_early() and self._loss_is_bad() and all(bad for *_, bad in part.marks)
         return Severity.WARNING if bad else Severity.INFO
 
     def _is_recovering(self, part: _Part) -> bool:
@@ -231,4 +245,4 @@ class TimeWatch:
     def _verdict(self, reading: TimeReading, severity: Severity, part: _Part) -> Verdict:
         progress = self._progress
         loss = {"loss": progress.present, "early_loss": progress.early} if progress.ready else {}
-        return Verdict(reading, severity, len(part.marks), progress.is_worse(), loss)
+        return Verdict(reading, severity, len(part.marks), progress.is_worse(), loss, part.since)

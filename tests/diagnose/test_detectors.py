@@ -24,13 +24,17 @@ from lightning_gradguard.diagnose import (
     LossSpikeDetector,
     NonFiniteDetector,
     Observation,
+    OscillatingDetector,
     Pathology,
     Severity,
+    StagnatingDetector,
     Thresholds,
     default_detectors,
 )
 from tests.diagnose.traces import (
+    FLAT,
     HEALTHY,
+    SWINGING,
     Trace,
     diagnose,
     explosion,
@@ -40,7 +44,14 @@ from tests.diagnose.traces import (
     slow_divergence,
 )
 
-KINDS = [NonFiniteDetector, ExplodingDetector, LossSpikeDetector, DivergingDetector]
+KINDS = [
+    NonFiniteDetector,
+    ExplodingDetector,
+    LossSpikeDetector,
+    DivergingDetector,
+    OscillatingDetector,
+    StagnatingDetector,
+]
 # Each example is a whole run.
 few = settings(max_examples=20)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -52,7 +63,8 @@ ANYTHING = st.lists(st.tuples(LOSSES, NORMS), max_size=120)
 def eventful(seed: int, n: int = 700) -> Trace:
     """A run with a good part and then one of everything that can go wrong."""
     rng = random.Random(seed)
-    healthy = rng.choice(list(HEALTHY.values()))(rng, n)[: rng.randrange(n)]
+    makes = [*HEALTHY.values(), *FLAT.values(), *SWINGING.values()]
+    healthy = rng.choice(makes)(rng, n)[: rng.randrange(n)]
     bad = rng.choice([explosion, lasting_spike, slow_divergence])(rng, rng.randrange(2, 200))
     holes = [(math.nan, 1.0), (1.0, math.inf), (0.0, 0.0)]
     trace = healthy + bad[:400]
@@ -67,7 +79,7 @@ def facts(findings: list[Finding]) -> list[tuple[str, str, str, int]]:
 
 def observations(trace: Trace, start: int = 0) -> Iterator[Observation]:
     for step, (loss, norm) in enumerate(trace, start):
-        yield Observation(step, loss, norm)
+        yield Observation(step, loss, norm, new_phase=step % 300 == 299)
 
 
 def test_the_default_detectors_are_one_per_pathology() -> None:
@@ -77,15 +89,22 @@ def test_the_default_detectors_are_one_per_pathology() -> None:
 
 
 def test_thresholds_reach_every_detector() -> None:
-    short = Thresholds(heal_steps=1)
+    short = Thresholds(heal_steps=1, slow_heal_steps=1)
     assert all(d._episode.heal_steps == 1 for d in default_detectors(short))  # type: ignore[attr-defined]
 
 
 def test_eventful_runs_make_every_detector_speak() -> None:
     """Or the properties below would hold because nothing happens."""
     found = [f for seed in range(20) for f in diagnose(eventful(seed))]
-    # Vanishing through time needs readings; its detector has tests of its own.
-    assert {f.pathology for f in found} == set(Pathology) - {Pathology.VANISHING_IN_TIME}
+    # All others need readings of layers or of time; their detectors have tests of their own.
+    assert {f.pathology for f in found} == {
+        Pathology.NON_FINITE,
+        Pathology.EXPLODING,
+        Pathology.LOSS_SPIKE,
+        Pathology.DIVERGING,
+        Pathology.OSCILLATING,
+        Pathology.STAGNATING,
+    }
     assert {f.severity for f in found} == set(Severity)
 
 
@@ -157,7 +176,7 @@ def test_a_restored_state_continues_identically(
     trace = eventful(seed)
     k = int(cut * len(trace))
     whole, first, second = kind(), kind(), kind()
-    expected = diagnose(trace, [whole])
+    expected = [f for o in observations(trace) for f in whole.observe(o)]
     head = [f for o in observations(trace[:k]) for f in first.observe(o)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     tail = [f for o in observations(trace[k:], k) for f in second.observe(o)]
@@ -202,7 +221,7 @@ def test_reset_forgets_everything(kind: type[Detector]) -> None:
 @every_kind
 @pytest.mark.parametrize(
     "trace",
-    [[], [(1.0, 1.0)], [(None, 0.0)], [(0.0, 0.0)] * 500, [(-3.0, 2.0)] * 500, [(None, 1.0)] * 500],
+    [[], [(1.0, 1.0)], [(None, 0.0)], [(0.0, 0.0)] * 500, [(-3.0, 2.0)] * 190, [(None, 1.0)] * 500],
     ids=["empty", "one step", "one unknown", "zero", "constant", "no loss"],
 )
 def test_inputs_without_news_give_no_finding(kind: type[Detector], trace: Trace) -> None:
@@ -220,13 +239,14 @@ def test_memory_is_bounded_over_many_steps() -> None:
         if observation.step % 5000 == 4999:
             sizes.append(sum(len(json.dumps(d.state_dict())) for d in detectors))
     assert len(trace) == 100_000
-    # 2 windows of 128, 3 x (2 blocks of 16 and 32 moves) at up to 25 characters a number.
-    assert max(sizes) < 25 * (2 * (128 + 16) + 3 * (2 * 16 + 32) + 60)
+    # 2 windows of 128, 5 x (2 blocks of 16, 32 moves and 64 points), a window of 32 and a block of
+    # norms at up to 25 characters a number.
+    assert max(sizes) < 25 * (2 * (128 + 16) + 5 * (2 * 16 + 32 + 64 + 16) + 32 + 16 + 60)
 
 
 @pytest.fixture(scope="module")
 def found() -> list[Finding]:
-    findings = [f for seed in range(60) for f in diagnose(eventful(seed))]
+    findings = [f for seed in range(60) for f in diagnose(eventful(seed), planned=700)]
     named = {"encoder.rnn.weight_hh_l0": 9.0, "head.bias": math.nan, "bias": math.nan}
     for loss, total in ((1.0, math.nan), (math.nan, math.inf)):
         findings += NonFiniteDetector().observe(Observation(4, loss, total, named))
@@ -247,6 +267,10 @@ def test_messages_read_well(found: list[Finding]) -> None:
         (Pathology.DIVERGING, Severity.INFO),
         (Pathology.DIVERGING, Severity.WARNING),
         (Pathology.DIVERGING, Severity.CRITICAL),
+        (Pathology.OSCILLATING, Severity.INFO),
+        (Pathology.OSCILLATING, Severity.WARNING),
+        (Pathology.STAGNATING, Severity.INFO),
+        (Pathology.STAGNATING, Severity.WARNING),
     }
     for finding in found:
         message = finding.message
@@ -262,8 +286,17 @@ def test_messages_read_well(found: list[Finding]) -> None:
         assert re.search(r", (so|and|which) ", message), message
 
 
+def test_a_symptom_begins_before_it_is_found(found: list[Finding]) -> None:
+    """Where the detector says nothing, it is the step of the finding."""
+    since = [(f.since, f.step) for f in found if f.pathology is not Pathology.NON_FINITE]
+    assert all(begun is not None and 0 <= begun <= step for begun, step in since)
+    assert any(begun is not None and begun < step - 100 for begun, step in since)
+
+
 def test_remedies_are_sentences_with_code(found: list[Finding]) -> None:
-    for finding in found:
+    # Those of swings and stagnation depend on the model.
+    of_model = {Pathology.OSCILLATING, Pathology.STAGNATING}
+    for finding in (f for f in found if f.pathology not in of_model):
         assert 1 <= len(finding.remedies) <= 3
         for remedy in finding.remedies:
             assert re.fullmatch(r"[A-Z][^.]*\.", remedy.sentence), remedy.sentence

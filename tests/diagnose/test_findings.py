@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -47,10 +48,18 @@ def test_severities_are_ordered_and_labelled() -> None:
 def test_pathologies_are_their_values() -> None:
     assert [p.value for p in Pathology] == [
         "non_finite",
-        "exploding",
-        "loss_spike",
-        "diverging",
+        "underflow",
+        "dead_units",
+        "layer_not_training",
+        "saturated",
         "vanishing_in_time",
+        "vanishing_in_depth",
+        "update_out_of_range",
+        "exploding",
+        "diverging",
+        "loss_spike",
+        "oscillating",
+        "stagnating",
     ]
     assert Pathology("diverging") is Pathology.DIVERGING
 
@@ -76,9 +85,10 @@ def test_every_threshold_is_checked_and_named(name: str) -> None:
         ({"accept_after": 129}, r"accept_after must be at most window \(128\), got 129"),
         ({"recent": 17}, r"recent must be at most block \(16\), got 17"),
         ({"least_moves": 33}, r"least_moves must be at most moves \(32\), got 33"),
+        ({"dead_share": 0.97}, r"dead_share must be at most all_dead_share \(0\.95\), got 0\.97"),
     ],
 )
-def test_thresholds_that_contradict_each_other(options: dict[str, int], message: str) -> None:
+def test_thresholds_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Thresholds(**options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lightning_gradguard.diagnose import (
     VanishingInTimeDetector,
     time_detectors,
 )
+from lightning_gradguard.readings import ModelFacts
 from tests.diagnose.time_runs import (
     EVERY,
     diagnose,
@@ -26,7 +28,7 @@ from tests.diagnose.time_runs import (
     steady,
     stuck,
 )
-from tests.diagnose.traces import HEALTHY
+from tests.diagnose.traces import HEALTHY, learned_the_mean
 
 T = Thresholds()
 
@@ -44,7 +46,7 @@ def test_a_symptom_beside_a_falling_loss_is_noted_once(rate: float) -> None:
 
 # Losses that never fall, or only after hundreds of steps, are no evidence that all is well; and
 # where the noise is as large as the level, a hundred losses cannot tell better from as before.
-STAYS = {"noisy_plateau", "constant", "correlated_plateau", "plateau_then_drop", "warm_up"}
+STAYS = {"plateau_then_drop", "plateau_of_a_fifth", "warm_up", "slow_progress"}
 NOISE = {"heavy_tailed", "batch_of_one"}
 
 
@@ -136,6 +138,23 @@ def test_vanishing_beside_a_stuck_loss_is_a_warning_after_persistence(every: int
     gap = max(every, T.time_spacing)
     assert findings[0].step == (T.time_persistence - 1) * gap
     assert findings[0].evidence["readings"] == T.time_persistence
+
+
+def test_vanishing_in_a_run_that_learned_only_the_mean_is_a_warning() -> None:
+    for seed in range(3):
+        losses = [loss for loss, _ in learned_the_mean(random.Random(seed), 1500)]
+        findings = diagnose(run(steady(-0.44), losses.__getitem__, 1500))
+        assert severities(findings) == [Severity.INFO, Severity.WARNING]
+
+
+def test_a_long_plan_gives_a_flat_start_more_time() -> None:
+    steps = run(steady(-0.44), stuck(), 1000)
+    for planned, least in ((1000, 2 * T.time_spacing), (20_000, T.time_share * 20_000)):
+        model = ModelFacts(planned_steps=planned)
+        findings = diagnose(replace(step, model=model) for step in steps)
+        assert severities(findings)[-1] == Severity.WARNING
+        assert least <= findings[-1].step < least + 2 * T.time_spacing
+        assert findings[-1].since == 0
 
 
 def test_a_stuck_loss_below_zero_is_stuck_too() -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from lightning_gradguard.diagnose import Detector, Finding, Observation, default_detectors
+from lightning_gradguard.readings import ModelFacts
 
 Trace = list[tuple[float, float]]
 Make = Callable[[random.Random, int], Trace]
 
 
 def diagnose(
-    trace: Iterable[tuple[float | None, float]], detectors: list[Detector] | None = None
+    trace: Iterable[tuple[float | None, float]],
+    detectors: list[Detector] | None = None,
+    *,
+    planned: int | None = None,
+    phases: Collection[int] = (),
 ) -> list[Finding]:
-    """Runs the detectors over a trace and returns all findings."""
+    """Runs the detectors over a trace and returns all findings; new phases begin at `phases`."""
     detectors = default_detectors() if detectors is None else detectors
     findings: list[Finding] = []
+    model = ModelFacts(planned_steps=planned)
     for step, (loss, norm) in enumerate(trace):
-        observation = Observation(step, loss, norm)
+        observation = Observation(step, loss, norm, new_phase=step in phases, model=model)
         for detector in detectors:
             findings += detector.observe(observation)
     return findings
@@ -193,8 +199,47 @@ def epochs(rng: random.Random, n: int) -> Trace:
     return out
 
 
+def unfreezing(rng: random.Random, n: int) -> Trace:
+    """The head alone until a third of the run, then the whole model: 30 times the gradient."""
+    out = []
+    for t in range(n):
+        k = t - n // 3
+        loss = 1.3 + math.exp(-30 * t / n) if k < 0 else 0.2 + 1.25 * math.exp(-6 * k / n)
+        norm = 0.1 if k < 0 else 3.0
+        out.append((loss * log_normal(rng, 0.05), norm * log_normal(rng, 0.3)))
+    return out
+
+
+def slow_progress(rng: random.Random, n: int) -> Trace:
+    """1% in 100 steps, beneath noise of 2%."""
+    return [
+        (2.3 * 0.99 ** (t / 100) * log_normal(rng, 0.02), 0.3 * log_normal(rng, 0.3))
+        for t in range(n)
+    ]
+
+
+def plateau_of_a_fifth(rng: random.Random, n: int) -> Trace:
+    """As `plateau_then_drop`, after a fifth of the run and at once."""
+    leave = n // 5
+    out = []
+    for t in range(n):
+        rise = min(1.0, max(0.0, (t - leave + 60) / 60))
+        loss = 2.3 if t < leave else 2.3 * math.exp(-(t - leave) / 40) + 0.2
+        norm = 1e-3 * math.exp(6.9 * rise) if t < leave + 40 else 0.1
+        out.append((min(loss, 2.3) + rng.gauss(0, 0.05), norm * log_normal(rng, 0.2)))
+    return out
+
+
+def noisy_labels(rng: random.Random, n: int) -> Trace:
+    """Falls to 60% of its start within a tenth of the run; the rest is noise in the labels."""
+    return [
+        (2.3 * (0.6 + 0.4 * math.exp(-30 * t / n)) * log_normal(rng, 0.05), log_normal(rng, 0.3))
+        for t in range(n)
+    ]
+
+
 def noisy_plateau(rng: random.Random, n: int) -> Trace:
-    """Nothing is learned, nothing gets worse: another detector's business."""
+    """Nothing is learned, nothing gets worse: shuffled labels."""
     return [(2.303 + rng.gauss(0, 0.05), 0.3 * log_normal(rng, 0.3)) for _ in range(n)]
 
 
@@ -219,13 +264,78 @@ HEALTHY: dict[str, Make] = {
         slow_growth,
         hinge,
         correlated,
-        correlated_plateau,
         batch_of_one,
         epochs,
-        noisy_plateau,
-        constant,
+        slow_progress,
+        plateau_of_a_fifth,
+        noisy_labels,
+        unfreezing,
     )
 }
+
+
+# Steps of a run of n at which a new phase begins, for healthy runs that have such.
+PHASES: dict[str, Callable[[int], set[int]]] = {
+    "warm_restarts": lambda n: {k * (n // 5) for k in range(1, 5)},
+    "unfreezing": lambda n: {n // 3},
+}
+
+
+# ---- flat: only its stagnation is wrong ---------------------------------------------------------
+
+
+def learned_the_mean(rng: random.Random, n: int, steps: int = 60) -> Trace:
+    """The adding problem: the mean of the targets in the first steps, and then nothing more."""
+    return [
+        (
+            (0.167 + math.exp(-4 * t / steps)) * log_normal(rng, 0.08),
+            (0.03 + math.exp(-4 * t / steps)) * log_normal(rng, 0.3),
+        )
+        for t in range(n)
+    ]
+
+
+def learned_the_frequencies(rng: random.Random, n: int) -> Trace:
+    """A cross-entropy that starts above ln 10 and gets there."""
+    return [
+        (2.303 + 0.5 * math.exp(-t / 20) + rng.gauss(0, 0.03), 0.3 * log_normal(rng, 0.3))
+        for t in range(n)
+    ]
+
+
+FLAT: dict[str, Make] = {
+    make.__name__: make
+    for make in (
+        noisy_plateau,
+        constant,
+        correlated_plateau,
+        learned_the_frequencies,
+    )
+}
+
+
+# ---- swinging -----------------------------------------------------------------------------------
+
+
+def thrown_about(rng: random.Random, n: int) -> Trace:
+    """A learning rate far too high from the first step: around 3 ln 10 at once."""
+    first = [(2.303, 1.0)]
+    return first + [(6.9 + rng.gauss(0, 1), 5 * log_normal(rng, 0.7)) for _ in range(n - 1)]
+
+
+def edge_of_stability(rng: random.Random, n: int, start: int = 200) -> Trace:
+    """Falls to 0.5, then momentum swings it between that and 3, in waves of about 30 steps."""
+    out = []
+    phase = 0.0
+    for t in range(n):
+        phase += 0.2 * log_normal(rng, 0.3)
+        wave = max(0, min(1.0, (t - start) / 100)) * (1 + math.sin(phase))
+        loss = 0.5 + 1.8 * math.exp(-t / 40) + 1.25 * wave
+        out.append((loss * log_normal(rng, 0.05), (0.3 + wave) * log_normal(rng, 0.3)))
+    return out
+
+
+SWINGING: dict[str, Make] = {make.__name__: make for make in (thrown_about, edge_of_stability)}
 
 
 # ---- failing: healthy for `start` steps, then something goes wrong ------------------------------
