@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from lightning_gradguard.record.action_lines import action_lines
 from lightning_gradguard.record.events import EventLog, read_events
 from lightning_gradguard.record.history import StepRecord
 from lightning_gradguard.record.recorder import Recorder
-from lightning_gradguard.record.report import action_lines, format_report
+from lightning_gradguard.record.report import OptimizerReport, Report, format_report
 
-__all__ = ["EventLog", "Recorder", "StepRecord", "action_lines", "format_report", "read_events"]
+__all__ = [
+    "EventLog",
+    "OptimizerReport",
+    "Recorder",
+    "Report",
+    "StepRecord",
+    "action_lines",
+    "format_report",
+    "read_events",
+]

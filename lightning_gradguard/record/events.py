@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from lightning_gradguard.record.plain_values import plain_values
 
 SCHEMA_VERSION = 1
 
@@ -42,7 +43,7 @@ class EventLog:
         if self._file is None:
             self._file = self._open()
         row = {"event": event, "schema": SCHEMA_VERSION, **values}
-        line = json.dumps(_plain(row), allow_nan=False) + "\n"
+        line = json.dumps(plain_values(row), allow_nan=False) + "\n"
         self._file.write(line.encode())
 
     def close(self) -> None:
@@ -69,14 +70,3 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(event, dict):
             yield event
-
-
-def _plain(value: Any) -> Any:
-    """Make ``value`` valid JSON: NaN and infinities become the strings "nan", "inf", "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

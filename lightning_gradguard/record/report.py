@@ -1,27 +1,138 @@
-"""What happened, as text for people."""
+"""What happened, for people and for programs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import groupby
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_gradguard.diagnose import Finding, Severity
+from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.readings import TimeReading
-from lightning_gradguard.record.time_table import format_time_table
-from lightning_gradguard.respond.actions import Action, ActionKind
+from lightning_gradguard.record.plain_report import report_lines
+from lightning_gradguard.record.plain_values import plain_values
+from lightning_gradguard.record.recorder import Recorder
+from lightning_gradguard.respond.actions import Action
 
-_MAX_LINES = 20
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class OptimizerReport:
+    """What happened to one optimizer.
+
+    Attributes:
+        findings: In the order in which they opened.
+        actions: In the order in which they were taken.
+        counts: Running counts by name.
+        label: Name of the optimizer where there are several.
+        time: The newest readings through time.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    actions: tuple[Action, ...] = ()
+    counts: Mapping[str, int] | None = None
+    label: str = ""
+    time: tuple[TimeReading, ...] = ()
+
+    @classmethod
+    def of(cls, recorder: Recorder, counts: Mapping[str, int]) -> OptimizerReport:
+        """What a recorder has kept."""
+        return cls(
+            tuple(recorder.findings),
+            tuple(recorder.actions),
+            dict(counts),
+            recorder.label,
+            tuple(recorder.latest_readings),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; NaN and infinities may be among them."""
+        return {
+            "optimizer": self.label,
+            "counts": dict(self.counts or {}),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "actions": [action.to_dict() for action in self.actions],
+            "time": [reading.to_dict() for reading in self.time],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, what to do about it and what the guard did.
+
+    ``print(report)`` shows text of at most 100 columns; :meth:`print` and rich's own ``print`` show
+    a table where rich is installed; :meth:`to_dict` and :meth:`to_json` hold the same as data.
+
+    Args:
+        optimizers: One part for each optimizer.
+
+    Example:
+        >>> report = Report((OptimizerReport(counts={"steps": 600}),))
+        >>> print(report)
+        GradGuard report
+        No finding in 600 steps; no step was touched.
+        >>> report.findings
+        []
+    """
+
+    optimizers: tuple[OptimizerReport, ...]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings, in order of their steps."""
+        found = [finding for part in self.optimizers for finding in part.findings]
+        return sorted(found, key=lambda finding: finding.step)
+
+    def __str__(self) -> str:
+        if not self.optimizers:
+            return "GradGuard report\nNothing was trained."
+        return "\n\n".join("\n".join(report_lines(part)) for part in self.optimizers)
+
+    def __rich__(self) -> RenderableType:
+        from lightning_gradguard.record.rich_report import render
+
+        return render(self)
+
+    def print(self, file: TextIO | None = None) -> None:
+        """Print it, as a table if rich is installed.
+
+        Args:
+            file: Where to; the standard output if not given.
+        """
+        try:
+            from rich.console import Console
+        except ImportError:
+            (file or sys.stdout).write(f"{self}\n")
+        else:
+            Console(file=file).print(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; NaN and infinities as strings, as in the log."""
+        values: dict[str, Any] = plain_values(
+            {"optimizers": [part.to_dict() for part in self.optimizers]}
+        )
+        return values
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The same as JSON text.
+
+        Args:
+            indent: Spaces of each level; ``None`` for one line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
 
 def format_report(
     findings: Sequence[Finding],
     actions: Sequence[Action],
-    counts: dict[str, int],
+    counts: Mapping[str, int],
     label: str = "",
     time: Sequence[TimeReading] = (),
 ) -> str:
-    """A short plain-text report: a verdict, the findings with remedies, what was done.
+    """The plain text of a report on one optimizer; see :class:`OptimizerReport`.
 
     Args:
         findings: In the order in which they opened.
@@ -30,59 +141,5 @@ def format_report(
         label: Name of the optimizer where there are several.
         time: The newest readings through time.
     """
-    title = f"GradGuard report ({label})" if label else "GradGuard report"
-    lines = [title, _verdict(findings, counts)]
-    for finding in findings[:_MAX_LINES]:
-        lines.append(f"  step {finding.step}: {finding.severity.label}: {finding.message}")
-        if finding.severity >= Severity.WARNING:  # what is harmless needs no remedy
-            lines += [f"    -> {remedy.sentence} `{remedy.code}`" for remedy in finding.remedies]
-    if len(findings) > _MAX_LINES:
-        lines.append(f"  ... and {len(findings) - _MAX_LINES} more findings in the event log")
-    if actions:
-        lines.append("What the guard did:")
-        lines += [f"  {line}" for line in action_lines(actions)]
-    if time:
-        lines.append("How far the gradient reaches back through time:")
-        lines += [f"  {line}" for line in format_time_table(time, dated=True).splitlines()]
-    return "\n".join(lines)
-
-
-def _verdict(findings: Sequence[Finding], counts: dict[str, int]) -> str:
-    state = "No finding" if not findings else f"{len(findings)} finding(s)"
-    done = [
-        f"{count} {name.removesuffix('_steps')}"
-        for name, count in counts.items()
-        if name.endswith("_steps") and count
-    ]
-    steps = f"{counts['steps']} steps" if "steps" in counts else "the run"
-    return f"{state} in {steps}; {', '.join(done) if done else 'no step was touched'}."
-
-
-def action_lines(actions: Sequence[Action]) -> list[str]:
-    """What was done and when, one line each, a series of one kind as one line.
-
-    Args:
-        actions: In the order in which they were taken.
-    """
-    lines: list[str] = []
-    for kind, series in groupby(actions, key=lambda action: action.kind):
-        members = list(series)
-        if len(members) == 1:
-            lines.append(f"step {members[0].step}: {members[0].message}")
-        else:
-            lines.append(_series_line(kind, members))
-    if len(lines) > _MAX_LINES:
-        left_out = len(lines) - _MAX_LINES
-        lines = [*lines[: _MAX_LINES // 2], f"... {left_out} more ...", *lines[-_MAX_LINES // 2 :]]
-    return lines
-
-
-def _series_line(kind: ActionKind, actions: Sequence[Action]) -> str:
-    """What a series of actions of one kind amounted to; the last message tells why."""
-    where = f"steps {actions[0].step}-{actions[-1].step}"
-    if kind is ActionKind.SKIP:
-        return f"{where}: {len(actions)} steps skipped"
-    numbers = [next(iter(action.numbers.values()), math.nan) for action in actions]
-    values = ", ".join(f"{number:.3g}" for number in numbers)
-    name = next(iter(actions[-1].numbers), kind.value)
-    return f"{where}: {len(actions)} times, {name} {values}. Last: {actions[-1].message}"
+    part = OptimizerReport(tuple(findings), tuple(actions), counts, label, tuple(time))
+    return str(Report((part,)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_gradguard.diagnose import Finding, Pathology, Remedy, Severity
-from lightning_gradguard.record import EventLog, Recorder, StepRecord, format_report, read_events
+from lightning_gradguard.record import EventLog, Recorder, StepRecord, read_events
 from lightning_gradguard.respond import Action, ActionKind
 
 LEVELS = {
@@ -19,10 +19,13 @@ LEVELS = {
 }
 
 
-def finding(step: int = 0, severity: Severity = Severity.WARNING) -> Finding:
+def finding(
+    step: int = 0, severity: Severity = Severity.WARNING, where: str = "layer", **more: Any
+) -> Finding:
     remedy = Remedy("Do this.", "code()")
+    message = f"finding {step}"
     return Finding(
-        Pathology.EXPLODING, severity, "layer", step, {"z": 9.0}, f"finding {step}", (remedy,)
+        Pathology.EXPLODING, severity, where, step, {"z": 9.0}, message, (remedy,), **more
     )
 
 
@@ -48,11 +51,32 @@ def test_a_finding_is_said_once_at_its_level(console: Any, severity: Severity) -
     ]
 
 
-def test_every_finding_is_said(console: Any) -> None:
+def test_every_cause_is_said(console: Any) -> None:
     recorder = Recorder("optimizer1")
     for step in range(3):
-        recorder.finding(finding(step))
+        assert recorder.finding(finding(step, where=f"layer{step}"))
     assert console.messages == [f"[optimizer1] finding {step}" for step in range(3)]
+    assert len(recorder.findings) == 3
+
+
+def test_one_cause_is_one_finding_and_said_again_only_if_it_is_worse(console: Any) -> None:
+    recorder = Recorder()
+    assert recorder.finding(finding(0, Severity.INFO))
+    assert not recorder.finding(finding(1, Severity.WARNING))
+    assert not recorder.finding(finding(1, Severity.WARNING, follows_from="underflow in model"))
+    assert not recorder.finding(finding(1, Severity.WARNING, until=9))
+    assert console.messages == ["finding 0", "finding 1"]
+    assert recorder.findings == [finding(1, Severity.WARNING, until=9)]
+    # what has healed and comes back is another one
+    assert recorder.finding(finding(20))
+    assert [f.step for f in recorder.findings] == [1, 20]
+    # as is what this rank alone has seen
+    assert recorder.finding(finding(21, local=True))
+
+
+def test_what_follows_from_another_is_said_quietly(console: Any) -> None:
+    Recorder().finding(finding(3, follows_from="underflow in model"))
+    assert [r.levelno for r in console.records] == [logging.INFO]
 
 
 @pytest.mark.parametrize("kind", [k for k in ActionKind if k is not ActionKind.STOP])
@@ -107,7 +131,7 @@ def test_events_hold_everything(tmp_path: Path) -> None:
 def test_memory_is_bounded(tmp_path: Path) -> None:
     recorder = Recorder(max_rows=50, silent=True)
     for step in range(3000):
-        recorder.finding(finding(step))
+        recorder.finding(finding(step, where=f"layer{step}"))
         recorder.action(action(step))
         recorder.step(row(step))
     assert [r.step for r in recorder.history] == list(range(2950, 3000))
@@ -125,26 +149,3 @@ def test_history_is_a_copy() -> None:
     recorder.step(row(0))
     recorder.history.clear()
     assert recorder.history == [row(0)]
-
-
-def test_the_report_names_findings_remedies_and_actions() -> None:
-    actions = [action(s) for s in (5, 6, 7)] + [action(9, ActionKind.STOP)]
-    text = format_report([finding(4)], actions, {"skipped_steps": 3, "findings": 1}, "optimizer0")
-    for part in ("optimizer0", "finding 4", "Do this.", "code()", "3 skipped", "stop at 9"):
-        assert part in text
-    assert "5-7" in text
-    assert "skip at 6" not in text
-
-
-def test_the_report_stays_short() -> None:
-    findings = [finding(step) for step in range(500)]
-    kinds = (ActionKind.TIGHTEN, ActionKind.BACK_OFF)
-    actions = [action(step, kinds[step % 2]) for step in range(500)]
-    text = format_report(findings, actions, {"findings": 500})
-    assert len(text.splitlines()) < 80
-    assert "finding 0" in text
-    assert "at 499" in text
-
-
-def test_a_report_of_nothing() -> None:
-    assert "No finding" in format_report([], [], {"findings": 0})
