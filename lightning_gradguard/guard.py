@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard._validation import check_choice, check_type
-from lightning_gradguard.diagnose import Finding, Thresholds
+from lightning_gradguard._validation import check_choice, check_number, check_type
+from lightning_gradguard.diagnose import Finding, Pathology, Thresholds
 from lightning_gradguard.measure import GradNorms
+from lightning_gradguard.measure.model_facts import model_facts
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.pipeline import Outcome, Pipeline
-from lightning_gradguard.readings import Seen, TimeReading
-from lightning_gradguard.record import Recorder, StepRecord, format_report
+from lightning_gradguard.readings import NonFiniteOrigin, Seen, TimeReading
+from lightning_gradguard.record import OptimizerReport, Recorder, Report, StepRecord
 from lightning_gradguard.respond import (
     Action,
     AdaptiveClip,
@@ -41,7 +42,8 @@ from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
 from lightning_gradguard.respond.update_bounds import UpdateBound
-from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules, TimeSampler
+from lightning_gradguard.samplers import Samplers
+from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules
 from lightning_gradguard.watched import WatchedParameters
 
 logger = logging.getLogger("lightning_gradguard")
@@ -63,7 +65,13 @@ class _Step:
 
     @property
     def dropped(self) -> bool:
+        """Whether it is known to be left out."""
         return self.outcome.coefficient == 0.0
+
+    @property
+    def left_out(self) -> bool | Tensor:
+        """The same, on the device where that was decided there."""
+        return self.dropped if self.on_device is None else self.on_device[0].view(()) == 0.0
 
 
 class GuardEngine:
@@ -83,6 +91,11 @@ class GuardEngine:
         exact_every_n_steps: Steps between exact measurements of recurrent modules. Default 300:
             each costs 0.6 to 1.6 training steps, so that time takes at most 1% of the run.
         thresholds: What counts as a finding.
+        trained_elsewhere: Parameters of the model that other optimizers update, as in a GAN, so
+            that they are not said to be in none. Default: none.
+        planned_steps: Optimizer steps that the run is planned to take, by which patience is
+            measured; ``None`` (default) if not known.
+        precision: Precision of the run as Lightning names it, ``"16-mixed"``; default: not known.
         recorder: Where findings and actions go. Default: memory and the console.
 
     Raises:
@@ -118,6 +131,9 @@ class GuardEngine:
         timesteps: TimeModules | None = "auto",
         exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
         thresholds: Thresholds | None = None,
+        trained_elsewhere: Collection[nn.Parameter] = (),
+        planned_steps: int | None = None,
+        precision: str = "",
         recorder: Recorder | None = None,
     ) -> None:
         check_type("model", model, nn.Module, "a torch.nn.Module")
@@ -132,6 +148,9 @@ class GuardEngine:
             ("recorder", recorder, Recorder),
         ):
             check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
+        if planned_steps is not None:
+            check_number("planned_steps", planned_steps, at_least=1, integer=True)
+        check_type("precision", precision, str, "a string")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(  # noqa: TRY004 - of the right type, but not one that can be guarded
                 "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
@@ -157,17 +176,16 @@ class GuardEngine:
         )
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
         self._pipeline = Pipeline(ladder, thresholds, self.recorder)
-        self._time: TimeSampler | None = None
-        if timesteps is not None:
-            delay = DEVICE_DELAY if self._fused else 0
-            self._time = TimeSampler(
-                model,
-                _parameters(optimizer),
-                timesteps,
-                exact_every_n_steps,
-                delay,
-                silent=self.recorder.silent,
-            )
+        self._planned_steps, self._precision = planned_steps, precision
+        self._samplers = Samplers(
+            model,
+            optimizer,
+            timesteps,
+            exact_every_n_steps,
+            trained_elsewhere,
+            delay=DEVICE_DELAY if self._fused else 0,
+            silent=self.recorder.silent,
+        )
         self._current: _Step | None = None
         self._late_signal: list[float] = []
         self._watch_parameters()
@@ -214,15 +232,9 @@ class GuardEngine:
         """
         return self._current is not None and self._current.dropped
 
-    def report(self) -> str:
-        """Findings, remedies and actions as text."""
-        return format_report(
-            self.findings,
-            self.actions,
-            self.counts,
-            self.recorder.label,
-            self.recorder.latest_readings,
-        )
+    def report(self) -> Report:
+        """Findings, remedies and actions; print it, or take it as data."""
+        return Report((OptimizerReport.of(self.recorder, self.counts),))
 
     # -- around each step ------------------------------------------------------------------------
 
@@ -249,25 +261,43 @@ class GuardEngine:
             with self._containment():
                 self._agreement.make_equal(self._optimizer)
 
-    def pause_time(self) -> None:
-        """Do not watch forward and backward passes until :meth:`resume_time`."""
-        if self._time is not None:
-            self._time.pause()
+    @property
+    def needs_origin(self) -> bool:
+        """Whether the step under way is not finite, and it has not been told where that began.
 
-    def resume_time(self) -> None:
+        ``False`` for a fused optimizer, whose steps are known to the host later only, and where a
+        scaler looks for its scale.
+        """
+        step = self._current
+        if step is None or step.on_device is not None or step.outcome.left_to_scaler:
+            return False
+        loss = step.outcome.loss
+        if math.isfinite(step.outcome.total_norm) and (loss is None or math.isfinite(loss)):
+            return False
+        known = (f for f in self.findings if f.pathology is Pathology.NON_FINITE)
+        return all(finding.until is not None for finding in known)
+
+    def explain(self, origin: NonFiniteOrigin) -> None:
+        """Tell where the step under way was first not finite, for the finding about it."""
+        if self._current is not None:
+            self._current.seen = replace(self._current.seen, origin=origin)
+
+    def pause(self) -> None:
+        """Do not watch forward and backward passes until :meth:`resume`."""
+        self._samplers.pause()
+
+    def resume(self) -> None:
         """Watch them again."""
-        if self._time is not None:
-            self._time.resume()
+        self._samplers.resume()
+
+    def discard(self) -> None:
+        """Forget what forward and backward passes since the last step have shown."""
+        self._samplers.discard()
 
     @property
     def watched_in_time(self) -> tuple[str, ...]:
         """Paths of the modules that are watched through time."""
-        return self._time.names if self._time is not None else ()
-
-    def discard_time(self) -> None:
-        """Forget what backward passes since the last step have shown of the way through time."""
-        if self._time is not None:
-            self._time.discard()
+        return self._samplers.watched_in_time
 
     def _keep_company(self) -> None:
         """Take part in what the other ranks still do together, and tell them that this one is off.
@@ -286,19 +316,17 @@ class GuardEngine:
         self._abandon()
         if not self._watched.current:
             self._watch_parameters()
-            if self._time is not None:
-                self._time.follow(_parameters(self._optimizer))
+            self._samplers.follow()
         norms = self._watched.meter.measure()
-        if scaler is not None and self._fused:  # its gradients are unscaled inside the kernel
-            scale = scaler.get_scale()
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        unscaled = scaler is None or not self._fused  # else inside the kernel
+        if not unscaled:
             norms = replace(norms, values=norms.values / scale, total=norms.total / scale)
         head = self._agreement.reach(self._watched.head(norms.total, loss))
         if not any(norms.present):
             return
         self.last_norms = norms
-        time: tuple[TimeReading, ...] = ()
-        if self._time is not None:
-            time = self._time.sample(self.step, scaler.get_scale() if scaler is not None else 1.0)
+        seen = self._samplers.before_step(self.step, norms, scale, unscaled=unscaled)
         outcome = Outcome(
             self.step,
             self._pipeline.plan,
@@ -306,18 +334,16 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(
-            outcome, lambda: norms.parameters, self._watched.bound, Seen(time)
-        )
+        self._current = step = _Step(outcome, lambda: norms.parameters, self._watched.bound, seen)
         signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
-        coefficient, seen = act(
+        coefficient, early = act(
             step, head if signal is None else torch.cat([head, signal.to(head)])
         )
         if self.active and self._pipeline.ladder is not None and not step.dropped:
             self._rate.apply(outcome.plan.lr_scale)
             if self._watched.bound is not None:
-                self._watched.bound.before_step(outcome.plan.max_ratio, coefficient, seen)
+                self._watched.bound.before_step(outcome.plan.max_ratio, coefficient, early)
 
     def _act_on_host(self, step: _Step, values: Tensor) -> tuple[float, list[float]]:
         """Decide from values read now: the one host read of a healthy step."""
@@ -355,6 +381,9 @@ class GuardEngine:
     def _after_step(self, step: _Step) -> None:
         self._current = None
         self._release()
+        inspection = self._samplers.after_step(step.outcome.number, dropped=step.left_out)
+        if inspection is not None:
+            step.seen = replace(step.seen, inspection=inspection)
         capped: int | Tensor = 0
         large: int | Tensor = 0
         if self._watched.bound is not None and not step.dropped:
@@ -392,8 +421,8 @@ class GuardEngine:
 
     def _take(self, step: _Step, outcome: Outcome) -> None:
         self._pipeline.take(outcome, step.norms, step.seen)
-        if self._time is not None and self._pipeline.wants_exact:
-            self._time.request(outcome.number)
+        if self._pipeline.wants_exact:
+            self._samplers.want_exact(outcome.number)
 
     def _abandon(self) -> None:
         """A step that was announced but never reached its update.
@@ -413,6 +442,11 @@ class GuardEngine:
             self._model, self._optimizer, self._cap, on_device=self._fused
         )
         self._pipeline.tensors = len(self._watched.meter.parameters)
+        self._pipeline.model = replace(
+            model_facts(self._model, self._optimizer),
+            precision=self._precision,
+            planned_steps=self._planned_steps,
+        )
         self._late_signal = []
 
     # -- failure and end -------------------------------------------------------------------------
@@ -453,8 +487,7 @@ class GuardEngine:
         self._current = None
         self._release()
         self._hook.remove()
-        if self._time is not None:
-            self._time.close()
+        self._samplers.close()
         if not self._sharded:
             self._watched.bound = (
                 None  # it may hold copies of weights, which the run may need room for
@@ -468,8 +501,7 @@ class GuardEngine:
         for late, values in self._late.drain():
             self._take_late(late, values)
         self._late.refill([])
-        if self._time is not None:
-            self.recorder.time(self._time.drain())
+        self.recorder.time(self._samplers.drain())
         self.abort()
 
     # -- state -----------------------------------------------------------------------------------
@@ -483,7 +515,7 @@ class GuardEngine:
             "late_signal": list(self._late_signal),
             "late": [self._late_to_dict(*entry) for entry in self._late.drain()],
             "tensors": len(self._watched.meter.names),
-            "time": self._time.state_dict() if self._time is not None else None,
+            "samplers": self._samplers.state_dict(),
         }
 
     def _late_to_dict(self, step: _Step, values: list[float]) -> dict[str, Any]:
@@ -519,10 +551,4 @@ class GuardEngine:
         self._late_signal = list(state["late_signal"]) if same else []
         if bound is not None and state["bound"] is not None:
             bound.load_state_dict(state["bound"])
-        time = state.get("time")  # of an earlier version there is none
-        if self._time is not None and time is not None:
-            self._time.load_state_dict(time, self.step)
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        self._samplers.load_state_dict(state["samplers"], self.step)

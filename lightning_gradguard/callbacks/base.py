@@ -17,8 +17,10 @@ from typing_extensions import override
 
 from lightning_gradguard._validation import check_number, check_type
 from lightning_gradguard.callbacks.epoch import EpochNorms, EpochTime
+from lightning_gradguard.callbacks.non_finite import OriginSearch
 from lightning_gradguard.callbacks.results import Results
 from lightning_gradguard.callbacks.schedules import ScheduleHold
+from lightning_gradguard.callbacks.surroundings import Surroundings, surroundings
 from lightning_gradguard.diagnose import Severity
 from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
@@ -26,6 +28,7 @@ from lightning_gradguard.measure import TimestepProbe
 from lightning_gradguard.record import EventLog, Recorder
 from lightning_gradguard.record.metrics import (
     count_metrics,
+    inspection_metrics,
     layer_metrics,
     step_metrics,
     time_metrics,
@@ -103,9 +106,11 @@ class EngineCallback(Results, Callback):
         self._engines: list[GuardEngine] = []
         self._by_optimizer: dict[int, GuardEngine] = {}
         self._losses: list[Tensor] = []
+        self._logged: dict[str, int] = {}
         self._epoch = EpochNorms()
         self._epoch_time = EpochTime()
         self._schedules = ScheduleHold()
+        self._origins = OriginSearch()
         self._leader: EngineCallback | None = None
         self._in_step = False
         self._restored: dict[str, Any] | None = None
@@ -113,7 +118,7 @@ class EngineCallback(Results, Callback):
 
     @abstractmethod
     def _make_engine(
-        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+        self, model: LightningModule, optimizer: Optimizer, run: Surroundings
     ) -> GuardEngine:
         """The engine that this callback runs."""
 
@@ -160,11 +165,13 @@ class EngineCallback(Results, Callback):
         self._close()
         self._engines, self._by_optimizer, self._final_state = [], {}, None
         self._losses.clear()
+        self._logged.clear()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set late
         self._leader = self._leader_among(callbacks)
         if self._leader is not None:
             return
         self._epoch, self._epoch_time = EpochNorms(), EpochTime()
+        self._origins = OriginSearch()
         self._before_flight = self.preflight
         strategy = type(trainer.strategy).__name__
         if strategy in _NOT_SUPPORTED:
@@ -188,7 +195,7 @@ class EngineCallback(Results, Callback):
             recorder = Recorder(label, silent=not trainer.is_global_zero)
             if self.events and log_dir and trainer.is_global_zero and not trial_run:
                 recorder.events = EventLog(Path(log_dir) / "gradguard" / "events.jsonl")
-            self._add_engine(pl_module, optimizer, recorder)
+            self._add_engine(pl_module, optimizer, surroundings(trainer, optimizer, recorder))
         explicit = self.timesteps not in (None, "auto")
         if explicit and not any(engine.watched_in_time for engine in self._engines):
             logger.warning(
@@ -204,14 +211,14 @@ class EngineCallback(Results, Callback):
         leader = next((callback for callback in ours if callback.protects), ours[0])
         return None if leader is self else leader
 
-    def _add_engine(self, model: LightningModule, optimizer: Optimizer, recorder: Recorder) -> None:
+    def _add_engine(self, model: LightningModule, optimizer: Optimizer, run: Surroundings) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             logger.warning(
                 "%s leaves LBFGS alone: it evaluates the loss several times inside one step.",
                 type(self).__name__,
             )
             return
-        engine = self._make_engine(model, optimizer, recorder)
+        engine = self._make_engine(model, optimizer, run)
         self._engines.append(engine)
         self._by_optimizer[id(optimizer)] = engine
 
@@ -223,6 +230,8 @@ class EngineCallback(Results, Callback):
         if self._before_flight and self._engines:
             self._before_flight = False
             self._run_preflight(trainer, pl_module, batch)
+        if self._engines:
+            self._origins.remember(pl_module, batch, batch_idx)
 
     def _run_preflight(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         modules = self.timesteps or ()
@@ -234,7 +243,7 @@ class EngineCallback(Results, Callback):
             logger.warning("%s leaves out the preflight: %s", type(self).__name__, error)
         finally:
             for engine in self._engines:
-                engine.discard_time()
+                engine.discard()
 
     @override
     @contained
@@ -252,16 +261,24 @@ class EngineCallback(Results, Callback):
         if engine is None:
             return
         self._in_step = False
-        self._before_step(trainer, optimizer, engine)
+        self._before_step(trainer, pl_module, optimizer, engine)
         if self.broken and not self._in_step:
             engine.before_step()  # does nothing but tell the other ranks, which may wait for us
 
     @contained
-    def _before_step(self, trainer: Trainer, optimizer: Optimizer, engine: GuardEngine) -> None:
+    def _before_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        engine: GuardEngine,
+    ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss = self._step_loss(scaler)
         self._in_step = True
         engine.before_step(loss, scaler=scaler)
+        if engine.needs_origin:
+            self._origins.look(pl_module, engine)
         if engine.dropping:
             self._schedules.hold(trainer, optimizer)
         if engine.should_stop:
@@ -286,6 +303,7 @@ class EngineCallback(Results, Callback):
         batch_idx: int,
     ) -> None:
         self._schedules.release()
+        self._origins.forget()
         for engine in self._engines:
             self._epoch.add(engine)
             self._epoch_time.add(engine)
@@ -307,22 +325,31 @@ class EngineCallback(Results, Callback):
                     **count_metrics(engine.counts, label),
                     **layer_metrics(norms.layers(self.layer_depth), label),
                     **time_metrics(engine.recorder.latest_readings, label),
+                    **self._inspected(engine),
                 },
                 on_step=True,
                 on_epoch=False,
             )
 
+    def _inspected(self, engine: GuardEngine) -> dict[str, float]:
+        """Metrics of the newest inspection, where it has come since values were logged last."""
+        inspection, label = engine.recorder.inspection, engine.recorder.label
+        if inspection is None or self._logged.get(label) == inspection.step:
+            return {}
+        self._logged[label] = inspection.step
+        return inspection_metrics(inspection, self.layer_depth, label)
+
     @override
     @contained
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for engine in self._engines:
-            engine.pause_time()
+            engine.pause()
 
     @override
     @contained
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for engine in self._engines:
-            engine.resume_time()
+            engine.resume()
 
     @override
     @contained

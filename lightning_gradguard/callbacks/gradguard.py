@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from lightning_gradguard._validation import check_choice, check_type
 from lightning_gradguard.callbacks.base import EngineCallback
+from lightning_gradguard.callbacks.surroundings import Surroundings
 from lightning_gradguard.diagnose import Thresholds
 from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record import Recorder
 from lightning_gradguard.respond import (
     AdaptiveClip,
     LearningRateBackoff,
@@ -100,7 +100,7 @@ class GradGuard(EngineCallback):
 
     @override
     def _make_engine(
-        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+        self, model: LightningModule, optimizer: Optimizer, run: Surroundings
     ) -> GuardEngine:
         return GuardEngine(
             model,
@@ -113,7 +113,7 @@ class GradGuard(EngineCallback):
             timesteps=self.timesteps,
             exact_every_n_steps=self.exact_every_n_steps,
             thresholds=self.thresholds,
-            recorder=recorder,
+            **run,
         )
 
     @property

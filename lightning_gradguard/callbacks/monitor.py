@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from lightning_gradguard._validation import check_type
 from lightning_gradguard.callbacks.base import EngineCallback
+from lightning_gradguard.callbacks.surroundings import Surroundings
 from lightning_gradguard.diagnose import Thresholds
 from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record import Recorder
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 
 
@@ -72,7 +72,7 @@ class GradientMonitor(EngineCallback):
 
     @override
     def _make_engine(
-        self, model: LightningModule, optimizer: Optimizer, recorder: Recorder
+        self, model: LightningModule, optimizer: Optimizer, run: Surroundings
     ) -> GuardEngine:
         return GuardEngine(
             model,
@@ -81,7 +81,7 @@ class GradientMonitor(EngineCallback):
             timesteps=self.timesteps,
             exact_every_n_steps=self.exact_every_n_steps,
             thresholds=self.thresholds,
-            recorder=recorder,
+            **run,
         )
 
     @property

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.readings import TimeReading
-from lightning_gradguard.record import StepRecord
+from lightning_gradguard.record import OptimizerReport, Report, StepRecord
 from lightning_gradguard.respond import Action
 
 
@@ -52,6 +52,8 @@ class Results(ABC):
                 totals[name] = totals.get(name, 0) + count
         return totals
 
-    def report(self) -> str:
-        """Findings, remedies and actions of the last fit as text."""
-        return "\n".join(engine.report() for engine in self.engines)
+    def report(self) -> Report:
+        """Findings, remedies and actions of the last fit, over all optimizers; print it."""
+        return Report(
+            tuple(OptimizerReport.of(engine.recorder, engine.counts) for engine in self.engines)
+        )

@@ -74,7 +74,7 @@ PLACES = [
     "_watched.meter.measure",
     "_agreement.reach",
     "_controls.apply",
-    "_pipeline._detectors.0.observe",
+    "_pipeline._diagnosis.detectors.0.observe",
     "_pipeline.ladder.plan",
     "_pipeline.ladder.observe",
     "recorder.step",

@@ -1,0 +1,45 @@
+"""What an engine has to know of the run around it."""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict
+
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_gradguard.record import Recorder
+
+
+class Surroundings(TypedDict):
+    """Arguments of :class:`~lightning_gradguard.guard.GuardEngine` that follow from the Trainer.
+
+    Attributes:
+        recorder: Where findings and actions go.
+        trained_elsewhere: Parameters that the Trainer's other optimizers update.
+        planned_steps: Optimizer steps that the fit will take; ``None`` if that is open.
+        precision: As the Trainer names it.
+    """
+
+    recorder: Recorder
+    trained_elsewhere: list[nn.Parameter]
+    planned_steps: int | None
+    precision: str
+
+
+def surroundings(trainer: Trainer, optimizer: Optimizer, recorder: Recorder) -> Surroundings:
+    """What the engine of ``optimizer`` has to know, once training has started."""
+    others = [other for other in trainer.optimizers if other is not optimizer]
+    return Surroundings(
+        recorder=recorder,
+        trained_elsewhere=[p for other in others for g in other.param_groups for p in g["params"]],
+        planned_steps=_planned_steps(trainer),
+        precision=str(trainer.precision),
+    )
+
+
+def _planned_steps(trainer: Trainer) -> int | None:
+    """Lightning's own estimate: of all optimizers together under manual optimization."""
+    planned = trainer.estimated_stepping_batches
+    return int(planned) if math.isfinite(planned) and planned >= 1 else None
