@@ -13,8 +13,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces each of its runs
 
 COMMANDS = {
+    "detection": "how often findings and the alarms of others are right, on programs held out",
     "overhead": "what the guard and its peers cost per training step",
     "timesteps": "what gradients through time cost, beside training and beside unrolled cells",
+    "remedies": "what remedies are worth, on programs that fail without them",
 }
 
 

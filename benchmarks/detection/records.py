@@ -52,7 +52,7 @@ class Program:
         target: What the score has to reach.
         higher_is_better: Whether the score has to be at least the target, or at most.
         build: Makes the set-up of a seed.
-        causes: Names of the pathology, values of `Pathology`; the first one is the label, the others
+        causes: Names of the pathology, values of `Pathology`; the first is the label, the others
             are as right. Empty without a fault.
         layers: Places that localize the fault, module paths; empty where it has no place.
         onset: Step at which the fault sets in.

@@ -1,7 +1,8 @@
 """Which families thresholds may be tuned on, and which are there to judge them.
 
-Drawn up with the programs and before any threshold was tuned. A family is held out whole: its
-network, its task and its way to fail occur on one side only.
+Drawn up with the programs and before any threshold was tuned. A family is held out whole. Both
+sides share the digits, the sum of the last inputs and kinds of layers; what differs for each
+pathology is the mistake and the network that it is made in.
 """
 
 from __future__ import annotations

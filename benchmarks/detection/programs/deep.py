@@ -156,7 +156,7 @@ PROGRAMS: tuple[Program, ...] = (
         _wide_init_cnn,
         800,
         DIGITS,
-        _EXPLOSION,
+        (*_EXPLOSION, Pathology.DEAD_UNITS),  # after twenty steps hardly a unit is alive
         "A CNN whose initial weights have a deviation of 1.",
     ),
     _INIT_CNN.healthy(

@@ -159,7 +159,7 @@ PROGRAMS: tuple[Program, ...] = (
         _poisoned,
         _STEPS,
         DIGITS,
-        _SPIKES,
+        (*_SPIKES, Pathology.DEAD_UNITS),  # the batches leave hardly a unit alive
         "Ten poisoned batches at a large learning rate, from which nothing recovers.",
         onset=_ONSET,
     ),

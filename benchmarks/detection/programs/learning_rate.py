@@ -119,7 +119,7 @@ PROGRAMS: tuple[Program, ...] = (
         partial(_sgd, 50.0),
         _STEPS,
         DIGITS,
-        _TOO_FAR,
+        (*_TOO_FAR, Pathology.DEAD_UNITS),  # after five steps no unit of the first layer is alive
         "An MLP with a thousand times the learning rate that works.",
     ),
     _LARGE.healthy(

@@ -100,7 +100,7 @@ PROGRAMS: tuple[Program, ...] = (
         layers=("2", "3"),
     ),
     _DEAD.healthy(
-        "mlp_sparse", partial(_biased, -1.0), _STEPS, DIGITS, "Few units are active at a time."
+        "mlp_sparse", partial(_biased, -0.5), _STEPS, DIGITS, "Few units are active at a time."
     ),
     _DEAD_CNN.failing(
         "cnn_shifted_functional",
