@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_gradguard import GradGuard
 from lightning_gradguard.diagnose import Finding, Pathology, Remedy, Severity
-from lightning_gradguard.diagnose.idle_reasons import WORDS, Reason
+from lightning_gradguard.diagnose.idle_reasons import Reason
 from lightning_gradguard.diagnose.remedies import remedies_for, with_remedies, without_remedy
+from lightning_gradguard.diagnose.remedies.choice import _reason
 from lightning_gradguard.measure.model_facts import model_facts
 from lightning_gradguard.readings import ModelFacts
 
@@ -348,13 +348,10 @@ def test_a_run_far_above_the_usual_rate_is_not_told_to_go_faster() -> None:
 
 
 @pytest.mark.parametrize("reason", list(Reason))
-def test_the_reason_is_read_off_the_evidence_or_else_the_message(reason: Reason) -> None:
-    pathology = Pathology.LAYER_NOT_TRAINING
-    by_evidence = finding(pathology, "2", {reason.value: 1.0})
-    by_message = replace(
-        finding(pathology, "2"), message=f"`2` {WORDS[reason][0]} {WORDS[reason][2]}, so it stays."
-    )
-    assert remedies_for(by_evidence, FACTS) == remedies_for(by_message, FACTS)
+def test_the_detector_names_the_reason_in_the_evidence(reason: Reason) -> None:
+    evidence = {other.value: float(other is reason) for other in Reason}
+    assert _reason(finding(Pathology.LAYER_NOT_TRAINING, "2", evidence)) is reason
+    assert _reason(finding(Pathology.LAYER_NOT_TRAINING, "2")) is None
 
 
 def test_each_reason_not_to_train_has_its_own_remedy() -> None:

@@ -3,7 +3,8 @@
 ==================  ============================================================================
 ``model_layers``    which layers the model has, read off `ModelFacts`
 ``code``            lines of code that run on that model: replace a module, make an optimizer
-``catalog``         one function per remedy: its sentence, its line, its measurement
+``step_remedies``   what changes the step, its numbers or its data, one function per remedy
+``layer_remedies``  what changes the layers of the model, likewise
 ``choice``          which remedies suit a pathology, best first
 ==================  ============================================================================
 
@@ -17,8 +18,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_gradguard.diagnose.findings import Finding, Remedy, Severity
-from lightning_gradguard.diagnose.remedies.catalog import lower_rate
 from lightning_gradguard.diagnose.remedies.choice import CHOICES
+from lightning_gradguard.diagnose.remedies.step_remedies import lower_rate
 from lightning_gradguard.diagnose.time_remedies import SLOWER
 from lightning_gradguard.readings import ModelFacts
 
