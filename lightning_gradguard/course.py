@@ -38,6 +38,11 @@ class Course:
         self._present: tuple[bool, ...] = ()
         self._trained: int | None = None
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first group at the last step; NaN if not known."""
+        return self._rates[0] if self._rates else math.nan
+
     def changed(self, present: tuple[bool, ...]) -> bool:
         """Takes in one step; returns whether the run changed course before it.
 

@@ -445,6 +445,7 @@ class GuardEngine:
         self._pipeline.model = replace(
             model_facts(self._model, self._optimizer),
             precision=self._precision,
+            guarded=self.mode == "protect",
             planned_steps=self._planned_steps,
         )
         self._late_signal = []

@@ -161,6 +161,7 @@ class Pipeline:
             norms=norms() if norms else None,
             time=seen.time,
             inspection=seen.inspection,
+            lr=seen.lr,
             new_phase=seen.new_phase,
             origin=seen.origin,
             model=self.model,

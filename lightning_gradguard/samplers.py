@@ -81,7 +81,8 @@ class Samplers:
         """
         time = self._time.sample(step, scale) if self._time is not None else ()
         self._layers.before_step(step, norms, scale, scaled=not unscaled)
-        return Seen(time=time, new_phase=self._course.changed(norms.present))
+        changed = self._course.changed(norms.present)
+        return Seen(time=time, lr=self._course.lr, new_phase=changed)
 
     def after_step(self, step: int, *, dropped: bool | Tensor) -> Inspection | None:
         """Measure what the step has changed; returns what has become known.

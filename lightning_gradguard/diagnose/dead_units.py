@@ -32,7 +32,7 @@ class DeadUnitsDetector(LayerDetector):
 
     def _looks(self, inspection: Inspection, observation: Observation) -> Iterable[Look]:
         known = [r for r in inspection.activations if 0.0 <= r.dead <= 1.0]
-        if known:
+        if inspection.activations:
             enough = self._thresholds.dead_examples
             return [self._look_at_units(r) for r in known if r.examples >= enough]
         return [self._look_at_rows(r) for r in _cause_of_zeros(inspection.parameters)]

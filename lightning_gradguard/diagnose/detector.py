@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ class Observation:
             direction of it, on steps where it was measured; empty on all others.
         inspection: A look at every layer, on sampled steps; `None` on all others. It may be a few
             steps older than the observation.
+        lr: Learning rate of the first group, as the schedule sets it; NaN if not known.
         new_phase: Whether the run changed course before this step: the learning rate jumped, or
             other parameters are trained. Levels learned before it are no measure any more.
         origin: Where NaN or Inf first appeared, if that was looked for.
@@ -35,6 +37,7 @@ class Observation:
     norms: Mapping[str, float] | None = None
     time: tuple[TimeReading, ...] = ()
     inspection: Inspection | None = None
+    lr: float = math.nan
     new_phase: bool = False
     origin: NonFiniteOrigin | None = None
     model: ModelFacts = field(default_factory=ModelFacts)

@@ -34,6 +34,7 @@ _EXPLAINS = {
     ),
     Pathology.SATURATED: frozenset(
         {
+            Pathology.LAYER_NOT_TRAINING,
             Pathology.VANISHING_IN_TIME,
             Pathology.VANISHING_IN_DEPTH,
             Pathology.UPDATE_OUT_OF_RANGE,
@@ -54,6 +55,26 @@ _EXPLAINS = {
     Pathology.OSCILLATING: frozenset({Pathology.STAGNATING}),
 }
 
+
+# A run that has blown up leaves these behind: of the ones that came later it is the cause.
+_BLOWN_UP = frozenset(
+    {
+        Pathology.UPDATE_OUT_OF_RANGE,
+        Pathology.EXPLODING,
+        Pathology.DIVERGING,
+        Pathology.LOSS_SPIKE,
+        Pathology.OSCILLATING,
+    }
+)
+_WRECKAGE = frozenset(
+    {
+        Pathology.DEAD_UNITS,
+        Pathology.SATURATED,
+        Pathology.LAYER_NOT_TRAINING,
+        Pathology.VANISHING_IN_TIME,
+        Pathology.VANISHING_IN_DEPTH,
+    }
+)
 
 # Detector, pathology, place.
 _Key = tuple[int, Pathology, str]
@@ -109,8 +130,11 @@ class Diagnosis:
         since = finding.since if finding.since is not None else finding.step
         if before is not None and before.since is not None:
             since = min(since, before.since)
+        model = observation.model
+        if observation.lr > model.lr:  # raised beyond what was set at first
+            model = replace(model, lr=observation.lr)
         finding = replace(
-            with_remedies(finding, observation.model),
+            with_remedies(finding, model),
             since=since,
             local=key[0] >= self._first_local,
         )
@@ -122,15 +146,15 @@ class Diagnosis:
         told = {}
         for key, finding in self._open.items():
             cause = self._cause_of(finding)
-            if cause != finding.follows_from:
+            # A cause that has healed since was the cause all the same.
+            if cause and cause != finding.follows_from:
                 told[key] = replace(finding, follows_from=cause)
         self._open |= told
         return {key: self._open[key] for key in told}
 
     def _cause_of(self, finding: Finding) -> str:
         for cause in self.open:
-            serious = cause.severity >= Severity.WARNING
-            if serious and finding.pathology in _EXPLAINS.get(cause.pathology, ()):
+            if cause.severity >= Severity.WARNING and _explains(cause, finding):
                 return f"{cause.pathology.value} in {cause.where}"
         return ""
 
@@ -171,11 +195,25 @@ class Diagnosis:
         self._open = {}
 
 
+def _explains(cause: Finding, finding: Finding) -> bool:
+    began, later = _begin(cause), _begin(finding)
+    if finding.fact and cause.pathology is not Pathology.NON_FINITE:
+        return False
+    if cause.pathology in _BLOWN_UP and finding.pathology in _WRECKAGE:
+        return began < later
+    return began <= later and finding.pathology in _EXPLAINS.get(cause.pathology, ())
+
+
+def _begin(finding: Finding) -> int:
+    return finding.step if finding.since is None else finding.since
+
+
 def by_cause(findings: Iterable[Finding]) -> list[Finding]:
     """Returns findings in the order in which they should be read.
 
-    Serious before harmless, what stands by itself before what follows from another, a cause before
-    what it brings about, then by step.
+    Serious before harmless, what stands by itself before what follows from another, what lasts
+    before what healed, a fact before a judgement, a cause before what it brings about, then by
+    step.
 
     Args:
         findings: Findings in any order.
@@ -192,6 +230,8 @@ def by_cause(findings: Iterable[Finding]) -> list[Finding]:
         key=lambda f: (
             f.severity < Severity.WARNING,
             bool(f.follows_from),
+            f.until is not None,
+            not f.fact,
             order.index(f.pathology),
             f.step,
         ),

@@ -10,25 +10,10 @@ from typing import Any
 from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE, RobustBaseline, log_norm
 from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Severity
 from lightning_gradguard.diagnose.places import in_words, module_of
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
-
-_EXPLODING = (
-    Remedy(
-        "Let the guard clip the gradient and cap the update.",
-        "Trainer(callbacks=[GradGuard()])",
-    ),
-    Remedy(
-        "Lower the learning rate.",
-        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * lr)",
-    ),
-    Remedy(
-        "Start recurrent weights orthogonal, so that the gradient keeps its size through time.",
-        "torch.nn.init.orthogonal_(rnn.weight_hh_l0)",
-    ),
-)
 
 
 class ExplodingDetector:
@@ -94,7 +79,9 @@ class ExplodingDetector:
         elif self._high:
             # A dip must not hide that most steps are far out, so it costs two, not all.
             self._high = max(0, self._high - 2)
-        growing = self._growth >= max(t.growth, t.outlier_z * self._noise)
+        # A converged run whose gradient comes back to where it began has not exploded.
+        beyond = self._first is None or value > self._first + t.start_growth
+        growing = beyond and self._growth >= max(t.growth, t.outlier_z * self._noise)
         self._growing_for = self._growing_for + 1 if growing else 0
         if not (growing or self._high or self._blown):
             self._since = None
@@ -245,7 +232,6 @@ class ExplodingDetector:
                 "steps": float(max(self._high, self._growing_for, self._blown)),
             },
             f"The gradient norm of {in_words(where)} is {times:.3g} times {reference}, {follows}.",
-            _EXPLODING,
             since=self._since,
         )
 

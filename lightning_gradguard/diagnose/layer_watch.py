@@ -189,7 +189,8 @@ class LayerWatch:
         progress = self._progress
         if not self.knows_loss:
             return False
-        return progress.is_worse() or progress.is_stuck() or self._never_better()
+        stuck = progress.is_stuck() or progress.crawls(self._planned or None)
+        return progress.is_worse() or stuck or self._never_better()
 
     def has_lasted(self, place: str, patience: Patience) -> bool:
         """Whether the symptom had lasted long enough when the place was last looked at."""

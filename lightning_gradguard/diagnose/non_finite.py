@@ -8,39 +8,10 @@ from typing import Any
 
 from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Severity
 from lightning_gradguard.diagnose.places import in_words, module_of
 from lightning_gradguard.diagnose.thresholds import Thresholds
 from lightning_gradguard.readings import NonFiniteOrigin
-
-_NON_FINITE_GRADIENT = (
-    Remedy(
-        "Drop such steps before they reach the weights.",
-        "Trainer(callbacks=[GradGuard()])",
-    ),
-    Remedy(
-        "Lower the learning rate, because weights that grew too far overflow first.",
-        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * lr)",
-    ),
-    Remedy(
-        "Use bfloat16, whose range is that of float32, if the run is in float16.",
-        'Trainer(precision="bf16-mixed")',
-    ),
-)
-_NON_FINITE_LOSS = (
-    Remedy(
-        "Check the batch, because an infinite input or label reaches the loss first.",
-        "assert all(torch.isfinite(t).all() for t in batch)",
-    ),
-    Remedy(
-        "Keep logarithms and divisions in the loss away from zero.",
-        "loss = -torch.log(probability.clamp_min(1e-8)).mean()",
-    ),
-    Remedy(
-        "Drop such steps before they reach the weights.",
-        "Trainer(callbacks=[GradGuard()])",
-    ),
-)
 
 
 class NonFiniteDetector:
@@ -102,7 +73,6 @@ def _finding(observation: Observation) -> Finding:
         observation.step,
         evidence,
         message,
-        _NON_FINITE_GRADIENT if loss_is_finite and where != "batch" else _NON_FINITE_LOSS,
         timestep=origin.timestep if origin is not None else None,
         since=observation.step,
         fact=True,

@@ -161,6 +161,7 @@ class NotTrainingDetector(LayerDetector):
             where,
             step,
             {
+                reason.value: 1.0,
                 "modules": float(count),
                 "inspections": float(course.inspections),
                 **(course.loss if reason is Reason.ZERO_GRADIENT else {}),

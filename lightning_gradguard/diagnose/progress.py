@@ -182,6 +182,31 @@ class LossProgress:
             slack = t.reached * (self.start - self.stages.present)
         return self.stages.is_stuck(share, slack, self.present, positive=self.positive)
 
+    def crawls(self, planned_steps: int | None) -> bool:
+        """Whether a decisive part of the run has gained next to nothing, however surely.
+
+        Enough beside a symptom that says why, and never by itself: many a run starts slowly.
+
+        Args:
+            planned_steps: Optimizer steps that the run is planned to take, if known.
+        """
+        t = self._thresholds
+        least = t.stagnation_unplanned
+        if planned_steps:
+            least = max(t.stagnation_steps, int(t.crawl_share * planned_steps))
+        if not (self.positive and self.stages.ready and self._count >= least):
+            return False
+        return self.stages.present > (1.0 - t.crawl_gain) * self.start
+
+    def runs_away(self) -> bool:
+        """Whether the loss falls without end: far below zero, and as fast as ever.
+
+        A likelihood of continuous data falls below zero too, but slows down. What falls like this
+        is maximized by mistake, or has no lower bound.
+        """
+        far = self.level < -self._thresholds.runaway_level * max(abs(self.start), self.early_noise)
+        return far and self.stages.is_steepest()
+
     def has_fallen(self) -> bool:
         """Whether a stuck loss is far below its first level, so that it may be all it can be."""
         level = self.stages.present if self.stages.ready else self.level

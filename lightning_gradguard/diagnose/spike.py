@@ -8,24 +8,9 @@ from typing import Any
 from lightning_gradguard.diagnose.baseline import RobustBaseline
 from lightning_gradguard.diagnose.detector import Observation
 from lightning_gradguard.diagnose.episode import Episode
-from lightning_gradguard.diagnose.findings import Finding, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.findings import Finding, Pathology, Severity
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
-
-_LOSS_SPIKE = (
-    Remedy(
-        "Look at the batch of this step for bad labels or values.",
-        "print({k: (v.min(), v.max()) for k, v in batch.items()})",
-    ),
-    Remedy(
-        "Let the guard skip outlier steps and cut the learning rate while the loss is high.",
-        "Trainer(callbacks=[GradGuard()])",
-    ),
-    Remedy(
-        "Lower the learning rate or lengthen its warm-up.",
-        "optimizer = torch.optim.AdamW(model.parameters(), lr=0.3 * lr)",
-    ),
-)
 
 
 class LossSpikeDetector:
@@ -134,7 +119,7 @@ class LossSpikeDetector:
             self._episode.calm(t.spike_persistence)
             return []
         share = self._progress.share_above(self._limit, t.spike_persistence)
-        if share < t.spike_share or not self._progress.is_worse():
+        if self._steps < t.spike_steps or share < t.spike_share or not self._progress.is_worse():
             return []
         return self._report(observation, loss, z, Severity.WARNING)
 
@@ -169,7 +154,6 @@ class LossSpikeDetector:
                 observation.step,
                 evidence,
                 text,
-                _LOSS_SPIKE,
                 since=self._since,
             )
         ]

@@ -104,6 +104,15 @@ class LossStages:
         blur = math.sqrt(2.0 * self.stride)
         return not self._is_better(early, [latest], positive, slack=slack, blur=blur)
 
+    def is_steepest(self) -> bool:
+        """Whether the level has never fallen faster than now, over several points."""
+        moves = [b - a for a, b in pairwise(self.points)]
+        window = self._thresholds.runaway_points
+        if len(moves) < 2 * window or max(moves[-window:]) >= 0.0:
+            return False
+        paces = [sum(moves[end - window : end]) for end in range(window, len(moves) + 1)]
+        return paces[-1] <= self._thresholds.runaway_pace * min(paces)
+
     def flat_blocks(self, *, positive: bool) -> int:
         """Blocks since all but a tenth of the levels are near the present one; needs `ready`.
 

@@ -50,7 +50,7 @@ class StagnatingDetector:
         if observation.new_phase:
             self._progress.new_phase()
             self._respite = self._progress.count + self._thresholds.flat_steps
-        self._follow_warm_up(observation.model.lr)
+        self._follow_warm_up(observation.lr)
         norm = log_norm(observation.total_norm)
         if math.isfinite(norm):
             self._norms.append(norm)

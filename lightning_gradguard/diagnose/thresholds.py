@@ -22,6 +22,7 @@ _LEAST_COUNT = {
     "least_moves": 1,
     "recent": 1,
     "spike_persistence": 1,
+    "spike_steps": 1,
     "early_steps": 2,
     "block": 4,
     "diverging_blocks": 1,
@@ -31,6 +32,7 @@ _LEAST_COUNT = {
     "slow_heal_steps": 1,
     "phase_blocks": 1,
     "stage_points": 8,
+    "runaway_points": 1,
     "flat_steps": 1,
     "stagnation_steps": 1,
     "stagnation_unplanned": 1,
@@ -61,6 +63,7 @@ _ABOVE_ZERO = (
     "improved_z",
     "fast_update",
     "slow_update",
+    "runaway_level",
 )
 # Shares of a run, a loss, units, elements or layers.
 _SHARES = (
@@ -68,6 +71,9 @@ _SHARES = (
     "fallen_share",
     "fallen_share_alone",
     "fallen_level",
+    "crawl_share",
+    "runaway_pace",
+    "crawl_gain",
     "solved_level",
     "stagnation_share",
     "telling_gain",
@@ -169,6 +175,9 @@ class Thresholds:
     spike_persistence: int = 16
     """Steps over which a spike must persist to be a warning. With batches of one, every fifth loss
     is far above the others, and 6 of 8 happen by chance in a few thousand steps."""
+    spike_steps: int = 24
+    """Least steps since the spike: a loss is often lifted for 16 to 20 steps by the momentum of one
+    outlier, and comes back."""
     spike_share: float = 0.75
     """Share of the last `spike_persistence` losses that must be above the limit."""
     early_steps: int = 3
@@ -229,6 +238,18 @@ class Thresholds:
     fallen_level: float = 0.75
     """Share of a positive first level below which a loss has fallen. Learning only how frequent
     the classes are takes the cross-entropy of a fresh model down by less than a quarter."""
+    crawl_share: float = 0.2
+    """Share of the planned steps after which a loss is expected to have moved."""
+    crawl_gain: float = 0.1
+    """Share of a positive first level that it should have lost by then, where a symptom says why it
+    has not. A classifier loses as much by learning how frequent the classes are."""
+    runaway_level: float = 10.0
+    """First levels (their size) that a loss must be below zero to be running away."""
+    runaway_points: int = 4
+    """Points of the loss over which its pace is taken."""
+    runaway_pace: float = 0.9
+    """Share of its fastest pace that it must still fall at. A loss that converges falls fastest
+    early; of an exponential approach a tenth of the pace is lost with a tenth of the way."""
     solved_level: float = 0.1
     """Share of a positive first level that no run gets below without learning something."""
     least_gain: float = 0.01
@@ -270,16 +291,15 @@ class Thresholds:
     least_timesteps: int = 8
     """Timesteps of a sequence below which nothing is said about time: in a shorter one a quarter is
     less than two steps back, too few to rest a rate on."""
-    short_horizon: float = 0.25
-    """Share of the timesteps below which a horizon is short: three of four get less than a
-    thousandth of the gradient, and the first less than 1e-12 of the last, far below what float32
-    (6e-8) keeps of it in the sum over time that is the gradient of a weight."""
+    short_horizon: float = 0.4
+    """Share of the timesteps below which a horizon is short: the first gets less than 6e-8 of the
+    last, which float32 does not keep in the sum over time that is the gradient of a weight."""
     time_persistence: int = 3
     """Readings in a row that a symptom through time must last; as many without it re-arm."""
-    time_spacing: int = 64
-    """Steps between two readings that both count. In trial runs on handwritten digits, modules that
-    began with a short horizon and learned all the same lengthened it within 130 steps at learning
-    rates from 3e-4; with 32 steps, one of them drew a warning."""
+    time_spacing: int = 50
+    """Steps between two readings that both count, as many as between two cheap measurements. In
+    trial runs on handwritten digits, modules that began with a short horizon and learned all the
+    same lengthened it within 130 steps; with 32 steps, one of them drew a warning."""
     better_level: float = 0.5
     """Share of a positive early level below which a loss is better than early, however noisy it
     was then: the counterpart of a loss that has doubled."""

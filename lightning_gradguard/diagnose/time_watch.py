@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_gradguard.diagnose.detector import Observation
@@ -42,11 +42,12 @@ class Verdict:
 class _Part:
     """What is remembered of one layer and direction."""
 
-    __slots__ = ("episode", "marks", "since", "step")
+    __slots__ = ("causes", "episode", "marks", "since", "step")
 
     def __init__(self, heal_readings: int) -> None:
         self.episode = Episode(heal_readings)
         self.step: int | None = None
+        self.causes: dict[str, float] = {}
         self.since: int | None = None
         # Per reading of the present run of symptoms: rate, error, whether the loss was bad.
         self.marks: list[tuple[float, float, bool]] = []
@@ -54,6 +55,7 @@ class _Part:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "causes": dict(self.causes),
             "since": self.since,
             "marks": [list(mark) for mark in self.marks],
             "episode": self.episode.state_dict(),
@@ -61,6 +63,7 @@ class _Part:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
+        self.causes = dict(state["causes"])
         self.since = state["since"]
         self.marks = [(rate, error, bad) for rate, error, bad in state["marks"]]
         self.episode.load_state_dict(state["episode"])
@@ -71,11 +74,12 @@ class TimeWatch:
 
     A reading counts if its rate is a finite number that rests on all states or on the whole
     signal, its sequences are not too short, and it is `time_spacing` steps younger than the last
-    that counted. A module that has readings per layer and direction is judged by these alone.
+    that counted. A module that has readings of several layers or directions is judged by these
+    alone; with one, what is read of the module is read of it.
 
-    `INFO` when the symptom lasts `time_persistence` readings in a row; `WARNING` when at each of
-    them the loss was no better than early, or worse, and `time_share` of the planned steps are
-    over. Neither while the rate recovers.
+    `INFO` when the symptom lasts `time_persistence` readings in a row; `WARNING` when at all of
+    them but one the loss was no better than early, or worse, and `time_share` of the planned steps
+    are over. Neither while the rate recovers.
 
     Args:
         thresholds: The numbers that decide.
@@ -119,7 +123,9 @@ class TimeWatch:
             self._progress.update(loss)
         self._step = observation.step
         self._planned = observation.model.planned_steps or 0
-        usable = [reading for reading in observation.time if self._is_usable(reading)]
+        usable = [
+            self._with_part(reading) for reading in observation.time if self._is_usable(reading)
+        ]
         if not usable:
             return []
         for reading in usable:
@@ -168,13 +174,22 @@ class TimeWatch:
         return self._thresholds.time_persistence
 
     def _loss_is_bad(self) -> bool:
-        return self._progress.is_worse() or self._progress.is_stuck()
+        progress = self._progress
+        stuck = progress.is_stuck() or progress.crawls(self._planned or None)
+        return progress.is_worse() or stuck
 
     def _is_early(self) -> bool:
         """Whether so little of the run is over that a flat loss means nothing."""
         t = self._thresholds
         least = max(2 * t.time_spacing, int(t.time_share * self._planned))
         return self._progress.count <= least
+
+    def _with_part(self, reading: TimeReading) -> TimeReading:
+        """A cheap reading of a module of one layer and direction is one of that."""
+        if reading.part:
+            return reading
+        parts = [name for name in self._parts if name.startswith(f"{reading.module}/")]
+        return replace(reading, part=parts[0].partition("/")[2]) if len(parts) == 1 else reading
 
     def _is_usable(self, reading: TimeReading) -> bool:
         return (
@@ -210,6 +225,8 @@ class TimeWatch:
         if not self._is_due(part):
             return []
         part.step = self._step
+        if reading.causes:
+            part.causes = dict(reading.causes)
         # Without an interval of its own, a reading stands only together with the ones after it.
         known = reading.decay_error >= 0.0
         error = reading.decay_error if known else 0.0
@@ -233,8 +250,11 @@ class TimeWatch:
             return Severity.INFO if self._note_at_once and known else None
         if self._is_recovering(part):
             return None
-        bad = not self._is_early() and self._loss_is_bad() and all(bad for *_, bad in part.marks)
-        return Severity.WARNING if bad else Severity.INFO
+        if self._is_early() or not self._loss_is_bad():
+            return Severity.INFO
+        # The loss is judged from the beginning each time, and one lucky block may have hidden it.
+        often = sum(bad for *_, bad in part.marks) >= self._needed - 1
+        return Severity.WARNING if often else Severity.INFO
 
     def _is_recovering(self, part: _Part) -> bool:
         (first, first_error, _), (last, last_error, _) = part.marks[0], part.marks[-1]
@@ -244,5 +264,7 @@ class TimeWatch:
 
     def _verdict(self, reading: TimeReading, severity: Severity, part: _Part) -> Verdict:
         progress = self._progress
+        # A cheap reading knows of no causes; those of the last exact one are not long past.
+        reading = replace(reading, causes=reading.causes or part.causes)
         loss = {"loss": progress.present, "early_loss": progress.early} if progress.ready else {}
         return Verdict(reading, severity, len(part.marks), progress.is_worse(), loss, part.since)

@@ -24,7 +24,9 @@ class UpdateRangeDetector(LayerDetector):
 
     Three symptoms, of the update ratios of the weight matrices:
 
-    - one is `update_factor` above or below their median, found at its module;
+    - one is `update_factor` above or below their median, found at its module: `WARNING` beside a
+      bad loss, and without one where its own learning rate is as far below the others' and too
+      small for it to get anywhere in the whole run;
     - the median was above `fast_update` in `layer_persistence` inspections in a row, be it in the
       first steps: `WARNING` as soon as the loss is known to be bad;
     - the median is so small that all steps of the run together could replace only `slow_reach` of
@@ -45,9 +47,14 @@ class UpdateRangeDetector(LayerDetector):
         if slow is not None:
             yield slow
         moving = [r for r in weights if r.update_ratio > 0.0]
-        if typical > 0.0 and len(moving) >= self._thresholds.ratio_weights:
+        if typical > 0.0:
+            reach = self._reach(observation.model.planned_steps)
+            rate = _median_rate(moving)
             for reading in _most_extreme(moving, typical):
-                yield self._look_at(reading, typical)
+                slower = reading.lr * self._thresholds.update_factor < rate
+                left_behind = slower and reading.update_ratio < reach
+                if left_behind or len(moving) >= self._thresholds.ratio_weights:
+                    yield self._look_at(reading, typical, left_behind=left_behind)
 
     def _severity(self, look: Look, course: Course) -> Severity | None:
         if look.place == _FAST:
@@ -57,10 +64,14 @@ class UpdateRangeDetector(LayerDetector):
         if look.place == _SLOW:
             severe = course.harmful and not course.worse and not course.recovering
             return Severity.WARNING if severe and course.since <= look.evidence["latest"] else None
+        if look.evidence["left_behind"]:
+            return Severity.WARNING
         return super()._severity(look, course)
 
     def _message(self, look: Look, course: Course, severity: Severity) -> str:
         follows = consequence(course, severity)
+        if look.evidence.get("left_behind"):
+            follows = "so all steps of the run together will hardly change them"
         if look.place == _FAST:
             return (
                 f"A single step moved the weights of the model by up to {course.peak:.2g} times "
@@ -90,18 +101,15 @@ class UpdateRangeDetector(LayerDetector):
         self, typical: float, weights: Sequence[ParameterReading], planned: int | None
     ) -> Look | None:
         t = self._thresholds
-        rates = [r.lr for r in weights if 0.0 <= r.lr < math.inf]
-        rate = median(rates) if rates else math.nan
+        rate = _median_rate(weights)
         if typical == 0.0 and rate != 0.0:
             return None  # lost in rounding, which is not the learning rate's fault
-        bound, latest = t.slow_update, t.slow_update_span
-        if planned:
-            bound, latest = t.slow_reach / planned, max(latest, planned // 2)
+        latest = max(t.slow_update_span, planned // 2) if planned else t.slow_update_span
         pace = typical if math.isnan(rate) else rate
         return Look(
             place=_SLOW,
             where="model",
-            symptom=typical < bound,
+            symptom=typical < self._reach(planned),
             patience=Patience(t.layer_persistence, t.slow_update_span),
             strength=min(1.0 / pace, _LARGEST) if pace > 0.0 else _LARGEST,
             words=f"A step changes the weights of the model by {typical:.1e} of their size (median "
@@ -109,7 +117,12 @@ class UpdateRangeDetector(LayerDetector):
             evidence={"update_ratio": typical, "lr": rate, "latest": float(latest)},
         )
 
-    def _look_at(self, reading: ParameterReading, typical: float) -> Look:
+    def _reach(self, planned: int | None) -> float:
+        """Update ratio below which a whole run hardly changes a weight."""
+        t = self._thresholds
+        return t.slow_reach / planned if planned else t.slow_update
+
+    def _look_at(self, reading: ParameterReading, typical: float, *, left_behind: bool) -> Look:
         apart = abs(math.log(reading.update_ratio) - math.log(typical))
         where = module_of(reading.name)
         times = f"{math.exp(min(apart, 700.0)):.0e} times"
@@ -122,8 +135,17 @@ class UpdateRangeDetector(LayerDetector):
             strength=apart,
             words=f"The weights of {in_words(where)} move {times} {side} per step than the median "
             "layer's",
-            evidence={"update_ratio": reading.update_ratio, "median": typical},
+            evidence={
+                "update_ratio": reading.update_ratio,
+                "median": typical,
+                "left_behind": float(left_behind),
+            },
         )
+
+
+def _median_rate(weights: Sequence[ParameterReading]) -> float:
+    rates = [reading.lr for reading in weights if 0.0 <= reading.lr < math.inf]
+    return median(rates) if rates else math.nan
 
 
 def _was_measured(reading: ParameterReading) -> bool:

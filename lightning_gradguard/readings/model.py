@@ -22,6 +22,7 @@ class ModelFacts:
             case (``"relu"``, ``"sigmoid"``); ``"other"``.
         training: Module path to whether it is in train mode, for normalization and dropout.
         precision: ``"32"``, ``"bf16"``, ``"16"``, ... as far as known; empty if not.
+        guarded: Whether the guard clips, bounds and drops steps of this run already.
         planned_steps: Optimizer steps that the run is planned to take; ``None`` if not known.
 
     Example:
@@ -37,6 +38,7 @@ class ModelFacts:
     kinds: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, bool] = field(default_factory=dict)
     precision: str = ""
+    guarded: bool = False
     planned_steps: int | None = None
 
     def of_kind(self, *kinds: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ class Seen:
     Attributes:
         time: Readings through time.
         inspection: A look at every layer.
+        lr: Learning rate of the first group, as the schedule sets it; NaN if not known.
         new_phase: Whether the run changed course before this step.
         origin: Where NaN or Inf first appeared, if that was looked for.
     """
 
     time: tuple[TimeReading, ...] = ()
     inspection: Inspection | None = None
+    lr: float = math.nan
     new_phase: bool = False
     origin: NonFiniteOrigin | None = None
 
@@ -31,6 +34,7 @@ class Seen:
         return {
             "time": [reading.to_dict() for reading in self.time],
             "inspection": self.inspection and self.inspection.to_dict(),
+            "lr": self.lr,
             "new_phase": self.new_phase,
             "origin": self.origin and self.origin.to_dict(),
         }
@@ -42,6 +46,7 @@ class Seen:
         return cls(
             time=tuple(TimeReading.from_dict(reading) for reading in values["time"]),
             inspection=inspection and Inspection.from_dict(inspection),
+            lr=values["lr"],
             new_phase=values["new_phase"],
             origin=origin and NonFiniteOrigin.from_dict(origin),
         )

@@ -6,7 +6,7 @@ from lightning_gradguard.record.action_lines import action_lines
 from lightning_gradguard.record.events import EventLog, read_events
 from lightning_gradguard.record.history import StepRecord
 from lightning_gradguard.record.recorder import Recorder
-from lightning_gradguard.record.report import OptimizerReport, Report, format_report
+from lightning_gradguard.record.report import OptimizerReport, Report
 
 __all__ = [
     "EventLog",
@@ -15,6 +15,5 @@ __all__ = [
     "Report",
     "StepRecord",
     "action_lines",
-    "format_report",
     "read_events",
 ]

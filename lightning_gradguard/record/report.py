@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -123,23 +123,3 @@ class Report:
             indent: Spaces of each level; ``None`` for one line.
         """
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-
-def format_report(
-    findings: Sequence[Finding],
-    actions: Sequence[Action],
-    counts: Mapping[str, int],
-    label: str = "",
-    time: Sequence[TimeReading] = (),
-) -> str:
-    """The plain text of a report on one optimizer; see :class:`OptimizerReport`.
-
-    Args:
-        findings: In the order in which they opened.
-        actions: In the order in which they were taken.
-        counts: Running counts by name.
-        label: Name of the optimizer where there are several.
-        time: The newest readings through time.
-    """
-    part = OptimizerReport(tuple(findings), tuple(actions), counts, label, tuple(time))
-    return str(Report((part,)))

@@ -24,13 +24,13 @@ LAYERS_EVERY_N_STEPS = 50
 # ones, whose step is no longer than that loop, it is taken more rarely.
 _TENSORS_PER_INTERVAL = 250
 # Many troubles show from the first step on, and a short run has no other looks.
-_EARLY = frozenset({0, 1, 2, 4, 8, 16, 32})
+_EARLY = frozenset({0, 1, 2, 4, 8, 16, 32, 40})
 
 
 class LayerSampler:
     """Runs an inspector over the training of one optimizer.
 
-    It looks at steps 0, 1, 2, 4, 8, 16, 32 and then every 50 steps, less often at models of more
+    It looks at steps 0, 1, 2, 4, 8, 16, 32, 40 and every 50 steps, less often at models of more
     than 250 tensors. Forward passes are watched on those steps but the first; on all others there
     is no hook on the model. (``torch.compile`` would take hooks that it finds on the first step
     into its graphs, and compile again when they are gone.) If no call of a module can be seen, as

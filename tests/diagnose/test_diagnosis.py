@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -30,6 +31,7 @@ class Scripted:
         script: Severity by step.
         heals: Step at which it is not open any more.
         where: The place.
+        since: Step at which the symptom began; at the finding, if not given.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Scripted:
         script: Mapping[int, Severity],
         heals: int = 10**9,
         where: str = "rnn",
+        since: int | None = None,
     ) -> None:
         self.pathology, self.script, self.heals, self.where = pathology, script, heals, where
+        self.since = since
         self._step = -1
 
     def observe(self, observation: Observation) -> list[Finding]:
@@ -48,7 +52,8 @@ class Scripted:
         if severity is None:
             return []
         text = "The gradient of `rnn` is 3 times too small, so it learns nothing."
-        return [Finding(self.pathology, severity, self.where, observation.step, {"n": 1.0}, text)]
+        found = Finding(self.pathology, severity, self.where, observation.step, {"n": 1.0}, text)
+        return [replace(found, since=self.since)]
 
     def is_open(self, where: str) -> bool:
         return where == self.where and self._step < self.heals
@@ -98,7 +103,7 @@ def test_an_open_cause_explains_what_comes_later() -> None:
 def test_a_cause_that_is_found_later_is_told_of_the_effect() -> None:
     diagnosis = Diagnosis(
         [Scripted(Pathology.STAGNATING, {1: Severity.WARNING}, where="loss")],
-        [Vanishing(Pathology.VANISHING_IN_TIME, {4: Severity.WARNING})],
+        [Vanishing(Pathology.VANISHING_IN_TIME, {4: Severity.WARNING}, since=0)],
     )
     first, cause, effect = run(diagnosis, range(6))
     assert first.follows_from == ""
@@ -106,6 +111,14 @@ def test_a_cause_that_is_found_later_is_told_of_the_effect() -> None:
     assert effect == diagnosis.open[1]
     assert effect.follows_from == "vanishing_in_time in rnn"
     assert effect.step == first.step == 1
+
+
+def test_what_began_later_explains_nothing() -> None:
+    diagnosis = Diagnosis(
+        [Scripted(Pathology.STAGNATING, {1: Severity.WARNING}, where="loss")],
+        [Vanishing(Pathology.VANISHING_IN_TIME, {4: Severity.WARNING}, since=3)],
+    )
+    assert [f.follows_from for f in run(diagnosis, range(6))] == ["", ""]
 
 
 def test_a_harmless_symptom_explains_nothing() -> None:

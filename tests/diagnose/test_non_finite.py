@@ -19,7 +19,8 @@ from lightning_gradguard.diagnose import (
     Severity,
     Thresholds,
 )
-from lightning_gradguard.readings import NonFiniteOrigin
+from lightning_gradguard.diagnose.remedies import with_remedies
+from lightning_gradguard.readings import ModelFacts, NonFiniteOrigin
 
 NAMES = ("embed.weight", "rnn.weight_hh_l0", "rnn.bias_hh_l0", "norm.weight", "head.bias")
 LOSSES = st.sampled_from([None, 0.5, math.nan, math.inf, -math.inf])
@@ -124,7 +125,7 @@ def test_every_finding_is_one_plain_sentence_and_a_fact(
     assert finding.severity is Severity.CRITICAL
     assert finding.since == finding.step == 7
     assert all(math.isfinite(number) for number in finding.evidence.values())
-    assert finding.remedies
+    assert with_remedies(finding, ModelFacts()).remedies
     json.dumps(finding.to_dict(), allow_nan=False)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lightning_gradguard.diagnose import (
+    DivergingDetector,
     ExplodingDetector,
     Finding,
     NonFiniteDetector,
@@ -71,8 +72,8 @@ FAILING: dict[str, tuple[Callable[[random.Random], Trace], str, int, int]] = {
     "from the first step, 0.5": (lambda r: explosion(r, 0, 0.5), "EXPLODING", 0, 25),
     "from the first step, 1.0": (lambda r: explosion(r, 0, 1.0), "EXPLODING", 0, 13),
     "from the first step, 2.0": (lambda r: explosion(r, 0, 2.0), "EXPLODING", 0, 10),
-    "spike that stays, 2.0": (lambda r: lasting_spike(r, 400, 2.0), "LOSS_SPIKE", 400, 14),
-    "spike that stays, 50.0": (lambda r: lasting_spike(r, 400, 50.0), "LOSS_SPIKE", 400, 14),
+    "spike that stays, 2.0": (lambda r: lasting_spike(r, 400, 2.0), "LOSS_SPIKE", 400, 24),
+    "spike that stays, 50.0": (lambda r: lasting_spike(r, 400, 50.0), "LOSS_SPIKE", 400, 24),
     "divergence, 0.02 a step": (lambda r: slow_divergence(r, 400, 0.02), "DIVERGING", 400, 140),
     "divergence, 0.005 a step": (lambda r: slow_divergence(r, 400, 0.005), "DIVERGING", 400, 280),
     "divergence, 0.001 a step": (
@@ -298,3 +299,26 @@ def test_a_second_spike_from_the_level_of_the_first_is_seen() -> None:
     trace = [(level * math.exp(rng.gauss(0, 0.03)), 1.0) for level in levels]
     findings = [f for f in diagnose(trace) if f.pathology is Pathology.LOSS_SPIKE]
     assert [(f.severity, f.step) for f in findings] == [(Severity.INFO, 250), (Severity.INFO, 450)]
+
+
+def maximized(step: int) -> tuple[float, float]:
+    """A negated cross-entropy: the loss falls ever faster, and the gradient grows with it."""
+    return 2.3 - 0.02 * math.exp(step / 60), 0.3 * math.exp(step / 60)
+
+
+def test_a_loss_that_falls_without_end_diverges() -> None:
+    found = diagnose([maximized(step) for step in range(600)], [DivergingDetector()])
+    assert [(f.pathology, f.severity) for f in found] == [(Pathology.DIVERGING, Severity.WARNING)]
+    assert "sign is wrong" in found[0].message
+    assert found[0].step < 500
+
+
+@pytest.mark.parametrize("norm", [1.0, 100.0], ids=["same gradient", "larger gradient"])
+def test_a_likelihood_that_falls_below_zero_and_slows_down_does_not(norm: float) -> None:
+    fall = [2.0 - 60.0 * (1.0 - math.exp(-step / 150)) for step in range(1500)]
+    trace = [(loss, 1.0 if step < 9 else norm) for step, loss in enumerate(fall)]
+    assert diagnose(trace, [DivergingDetector()]) == []
+
+
+def test_an_even_fall_with_a_gradient_that_does_not_grow_does_not() -> None:
+    assert diagnose([(2.0 - 0.1 * step, 1.0) for step in range(900)], [DivergingDetector()]) == []

@@ -122,9 +122,10 @@ def test_a_gradient_that_grows_defers_the_warning(grows: bool) -> None:
 def observe(lr: Callable[[int], float], phase: int = -1, n: int = 600) -> list[Finding]:
     detector, found = StagnatingDetector(), []
     for step, (loss, norm) in enumerate(noisy_plateau(random.Random(0), n)):
-        model = ModelFacts(lr=lr(step), planned_steps=n)
-        new_phase = step == phase
-        found += detector.observe(Observation(step, loss, norm, new_phase=new_phase, model=model))
+        model = ModelFacts(planned_steps=n)
+        found += detector.observe(
+            Observation(step, loss, norm, lr=lr(step), new_phase=step == phase, model=model)
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from lightning_gradguard.readings import TimeReading
 from tests.diagnose.traces import curve
 
 Run = list[Observation]
-EVERY = 16
+EVERY = 10
 CAUSES = {
     "lstm": {"forget_gate": 0.52},
     "gru": {"update_gate": 0.48},

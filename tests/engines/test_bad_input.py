@@ -56,7 +56,7 @@ def test_a_model_without_parameters(
     quiet_trainer(tmp_path, guard).fit(Empty(), loader(make_batches(3)))
     assert guard.history == []
     assert no_complaint(caplog)
-    assert "No finding" in guard.report()
+    assert "No finding" in str(guard.report())
 
 
 @GUARDS

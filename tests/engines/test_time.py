@@ -85,7 +85,7 @@ def test_epochs_have_statistics_of_their_own(tmp_path: Path) -> None:
 def test_the_report_has_a_table(tmp_path: Path) -> None:
     guard = GradGuard()
     quiet_trainer(tmp_path, guard).fit(Reader(), loader(batches(2)))
-    table = guard.report().split("How far the gradient reaches back through time:")[1]
+    table = str(guard.report()).split("How far the gradient reaches back through time:")[1]
     assert "rnn/l0" in table
     assert f"of {T}" in table or f"all {T}" in table
 

@@ -76,3 +76,11 @@ def test_a_rate_that_is_elsewhere_is_not_read() -> None:
     optimizer = sgd(model)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")  # reading it would raise
     assert math.isnan(model_facts(model, optimizer).lr)
+
+
+def test_the_rate_is_that_before_a_scheduler_moved_it() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = sgd(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.01)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    assert model_facts(model, optimizer).lr == 0.1

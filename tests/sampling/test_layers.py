@@ -19,7 +19,7 @@ from lightning_gradguard.sampling import LAYERS_EVERY_N_STEPS, LayerSampler
 from tests.measure.test_activations import hooks_of
 from tests.models import assert_same_bits
 
-EARLY = [0, 1, 2, 4, 8, 16, 32]
+EARLY = [0, 1, 2, 4, 8, 16, 32, 40]
 
 
 class Run:
