@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-# A schedule that moves at every step moves by little; a decay by steps, a warm restart or a wrong
-# setting at least halves or doubles the rate.
+# A decay by steps, a warm restart or a wrong setting at least halves or doubles the rate, and moves
+# it by that much more than the step before did. A schedule on its way to zero (cosine) or from it
+# (warm-up) doubles or halves the rate too, but goes on as it went.
 LR_JUMP = 2.0
 
 
@@ -35,6 +36,7 @@ class Course:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._rates: list[float] = []
+        self._moves: list[float] = []  # of each rate by the last step; the first came from zero
         self._present: tuple[bool, ...] = ()
         self._trained: int | None = None
 
@@ -51,10 +53,16 @@ class Course:
                 anew when that changes: a mixture of experts uses others at every step.
         """
         rates = self._learning_rates()
-        jumped = len(rates) == len(self._rates) and any(
-            _far_apart(before, now) for before, now in zip(self._rates, rates, strict=True)
-        )
-        self._rates = rates
+        jumped, moves = False, list(rates)
+        if len(rates) == len(self._rates):
+            moves = [now - before for before, now in zip(self._rates, rates, strict=True)]
+            jumped = any(
+                _far_apart(before, now) and _is_sudden(last, move)
+                for before, now, last, move in zip(
+                    self._rates, rates, self._moves, moves, strict=True
+                )
+            )
+        self._rates, self._moves = rates, moves
         regrouped = False
         if present != self._present:
             self._present = present
@@ -74,11 +82,12 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""
-        return {"rates": list(self._rates), "trained": self._trained}
+        return {"rates": list(self._rates), "moves": list(self._moves), "trained": self._trained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state: a run resumed at another rate has changed course."""
-        self._rates, self._trained = list(state["rates"]), state["trained"]
+        self._rates, self._moves = list(state["rates"]), list(state["moves"])
+        self._trained = state["trained"]
         self._present = ()
 
 
@@ -86,3 +95,7 @@ def _far_apart(before: float, now: float) -> bool:
     # A rate that was zero had no effect to get used to; NaN compares as false.
     low, high = min(before, now), max(before, now)
     return low > 0.0 and high >= LR_JUMP * low
+
+
+def _is_sudden(last: float, move: float) -> bool:
+    return last * move < 0.0 or abs(move) > LR_JUMP * abs(last)

@@ -68,7 +68,6 @@ class _Step:
         """Whether it is known to be left out."""
         return self.outcome.coefficient == 0.0
 
-    @property
     def left_out(self) -> bool | Tensor:
         """The same, on the device where that was decided there."""
         return self.dropped if self.on_device is None else self.on_device[0].view(()) == 0.0
@@ -96,6 +95,8 @@ class GuardEngine:
         planned_steps: Optimizer steps that the run is planned to take, by which patience is
             measured; ``None`` (default) if not known.
         precision: Precision of the run as Lightning names it, ``"16-mixed"``; default: not known.
+        optimizers: Optimizers of the run. Default 1; with several, the course of a loss is no
+            reason to warn or to respond.
         recorder: Where findings and actions go. Default: memory and the console.
 
     Raises:
@@ -134,6 +135,7 @@ class GuardEngine:
         trained_elsewhere: Collection[nn.Parameter] = (),
         planned_steps: int | None = None,
         precision: str = "",
+        optimizers: int = 1,
         recorder: Recorder | None = None,
     ) -> None:
         check_type("model", model, nn.Module, "a torch.nn.Module")
@@ -151,6 +153,7 @@ class GuardEngine:
         if planned_steps is not None:
             check_number("planned_steps", planned_steps, at_least=1, integer=True)
         check_type("precision", precision, str, "a string")
+        check_number("optimizers", optimizers, at_least=1, integer=True)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(  # noqa: TRY004 - of the right type, but not one that can be guarded
                 "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
@@ -177,6 +180,7 @@ class GuardEngine:
         ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
         self._pipeline = Pipeline(ladder, thresholds, self.recorder)
         self._planned_steps, self._precision = planned_steps, precision
+        self._optimizers = optimizers
         self._samplers = Samplers(
             model,
             optimizer,
@@ -381,13 +385,14 @@ class GuardEngine:
     def _after_step(self, step: _Step) -> None:
         self._current = None
         self._release()
-        inspection = self._samplers.after_step(step.outcome.number, dropped=step.left_out)
-        if inspection is not None:
-            step.seen = replace(step.seen, inspection=inspection)
         capped: int | Tensor = 0
         large: int | Tensor = 0
         if self._watched.bound is not None and not step.dropped:
             capped, large = self._watched.bound.after_step(), self._watched.bound.large
+        # Only now, as the cap takes back a part of what the optimizer has done.
+        inspection = self._samplers.after_step(step.outcome.number, step.left_out)
+        if inspection is not None:
+            step.seen = replace(step.seen, inspection=inspection)
         if not isinstance(capped, Tensor) and not isinstance(large, Tensor):
             if capped or large:
                 step.outcome = replace(step.outcome, capped=capped, large=large)
@@ -445,6 +450,7 @@ class GuardEngine:
         self._pipeline.model = replace(
             model_facts(self._model, self._optimizer),
             precision=self._precision,
+            optimizers=self._optimizers,
             guarded=self.mode == "protect",
             planned_steps=self._planned_steps,
         )

@@ -24,6 +24,9 @@ from lightning_gradguard.record import Recorder, StepRecord
 from lightning_gradguard.respond.ladder import Ladder, StepPlan
 
 _NOTHING = Seen()
+# Steps in a row that a gradient scaler drops while it looks for its scale. It starts at 2^16 and
+# halves it each time: if this many do not do, the numbers are at fault and not the scale.
+_SCALER_SKIPS = 24
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Pipeline:
         self.tensors = 1
         self.model = ModelFacts()
         self.wants_exact = False
+        self._scaler_skips = 0
         self._time_detectors = time_detectors(thresholds)
         self._diagnosis = Diagnosis(
             default_detectors(thresholds), [*layer_detectors(thresholds), *self._time_detectors]
@@ -122,11 +126,14 @@ class Pipeline:
             seen: What else has become known with this step.
         """
         finite = math.isfinite(outcome.total_norm)
-        dropped = outcome.coefficient == 0.0 or (outcome.left_to_scaler and not finite)
+        theirs = outcome.left_to_scaler and not finite
+        dropped = outcome.coefficient == 0.0 or theirs
         # A scaler that looks for its scale meets infinities on purpose: that is no finding.
-        if finite or not outcome.left_to_scaler:
+        self._scaler_skips = self._scaler_skips + 1 if theirs else 0
+        if not theirs or self._scaler_skips > _SCALER_SKIPS:
             findings = self._diagnose(outcome, norms if not finite else None, seen)
-            self._respond(outcome, dropped, findings)
+            if not theirs:
+                self._respond(outcome, dropped, findings)
         self.recorder.time(seen.time)
         if seen.inspection is not None:
             self.recorder.inspect(seen.inspection)
@@ -194,6 +201,7 @@ class Pipeline:
         return {
             "ladder": self.ladder.state_dict() if self.ladder else None,
             "diagnosis": self._diagnosis.state_dict(),
+            "scaler_skips": self._scaler_skips,
             "counts": dict(self._counts),
         }
 
@@ -202,5 +210,6 @@ class Pipeline:
         if self.ladder is not None and state["ladder"] is not None:
             self.ladder.load_state_dict(state["ladder"])
         self._diagnosis.load_state_dict(state["diagnosis"])
+        self._scaler_skips = state["scaler_skips"]
         self.recorder.adopt(self._diagnosis.open)
         self._counts.update(state["counts"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,14 +84,16 @@ class Samplers:
         changed = self._course.changed(norms.present)
         return Seen(time=time, lr=self._course.lr, new_phase=changed)
 
-    def after_step(self, step: int, *, dropped: bool | Tensor) -> Inspection | None:
+    def after_step(self, step: int, dropped: Callable[[], bool | Tensor]) -> Inspection | None:
         """Measure what the step has changed; returns what has become known.
 
         Args:
             step: The step.
-            dropped: Whether it was dropped; 0-dim where that was decided on the device.
+            dropped: Whether it was dropped, 0-dim where that was decided on the device; asked for
+                only where it matters.
         """
-        self._layers.after_step(step, dropped)
+        if self._layers.looks_at(step):
+            self._layers.after_step(step, dropped())
         return self._layers.take(step)
 
     def want_exact(self, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -365,6 +366,13 @@ class EngineCallback(Results, Callback):
         self._close()
         serious = [f for f in self.findings if f.severity >= Severity.WARNING]
         if trainer.is_global_zero and not self._leader and (serious or self.actions):
+            self._tell()
+
+    def _tell(self) -> None:
+        """Show the report: a person at a terminal gets the table, a log file the text."""
+        if sys.stderr.isatty():
+            self.report().print(sys.stderr)
+        else:
             logger.warning("%s", self.report())
 
     @override

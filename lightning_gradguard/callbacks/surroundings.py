@@ -20,12 +20,14 @@ class Surroundings(TypedDict):
         trained_elsewhere: Parameters that the Trainer's other optimizers update.
         planned_steps: Optimizer steps that the fit will take; ``None`` if that is open.
         precision: As the Trainer names it.
+        optimizers: How many the Trainer has.
     """
 
     recorder: Recorder
     trained_elsewhere: list[nn.Parameter]
     planned_steps: int | None
     precision: str
+    optimizers: int
 
 
 def surroundings(trainer: Trainer, optimizer: Optimizer, recorder: Recorder) -> Surroundings:
@@ -36,6 +38,7 @@ def surroundings(trainer: Trainer, optimizer: Optimizer, recorder: Recorder) -> 
         trained_elsewhere=[p for other in others for g in other.param_groups for p in g["params"]],
         planned_steps=_planned_steps(trainer),
         precision=str(trainer.precision),
+        optimizers=len(trainer.optimizers),
     )
 
 

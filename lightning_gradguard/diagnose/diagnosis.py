@@ -76,6 +76,11 @@ _WRECKAGE = frozenset(
     }
 )
 
+# These rest on the loss alone.
+_OF_THE_LOSS = frozenset(
+    {Pathology.DIVERGING, Pathology.LOSS_SPIKE, Pathology.OSCILLATING, Pathology.STAGNATING}
+)
+
 # Detector, pathology, place.
 _Key = tuple[int, Pathology, str]
 
@@ -119,10 +124,10 @@ class Diagnosis:
             for finding in detector.observe(observation):
                 key = (number, finding.pathology, finding.where)
                 changed[key] = self._enter(key, finding, observation)
+        healed = self._close(observation.step) if self._open else {}
+        changed |= healed
         if changed:
             changed |= self._link()
-        if self._open:
-            changed |= self._close(observation.step)
         return list(changed.values())
 
     def _enter(self, key: _Key, finding: Finding, observation: Observation) -> Finding:
@@ -133,6 +138,8 @@ class Diagnosis:
         model = observation.model
         if observation.lr > model.lr:  # raised beyond what was set at first
             model = replace(model, lr=observation.lr)
+        if model.optimizers > 1 and finding.pathology in _OF_THE_LOSS:
+            finding = replace(finding, severity=Severity.INFO)
         finding = replace(
             with_remedies(finding, model),
             since=since,
@@ -146,8 +153,10 @@ class Diagnosis:
         told = {}
         for key, finding in self._open.items():
             cause = self._cause_of(finding)
-            # A cause that has healed since was the cause all the same.
-            if cause and cause != finding.follows_from:
+            # A cause that has healed since was the cause all the same; but a NaN that is over has
+            # nothing to do with what lasts.
+            over = finding.follows_from.startswith(Pathology.NON_FINITE.value)
+            if cause != finding.follows_from and (cause or over):
                 told[key] = replace(finding, follows_from=cause)
         self._open |= told
         return {key: self._open[key] for key in told}

@@ -34,6 +34,10 @@ FACTS = frozenset(
     {Reason.NO_OPTIMIZER, Reason.NO_GRAD, Reason.CUT_OFF, Reason.LR_ZERO, Reason.UNCHANGED}
 )
 
+# So are these, but an output that the loss does not use and a teacher look the same: they are
+# serious where nothing before them is trained either, or beside a bad loss.
+AMBIGUOUS = frozenset({Reason.NO_GRAD, Reason.CUT_OFF})
+
 # What is so and what follows, each for "`encoder` ..." and "`encoder` and 5 more modules ...".
 WORDS: Mapping[Reason, tuple[str, str, str]] = {
     Reason.NO_OPTIMIZER: ("gets a gradient but is", "get a gradient but are", "in no optimizer"),
@@ -42,7 +46,7 @@ WORDS: Mapping[Reason, tuple[str, str, str]] = {
     Reason.LR_ZERO: ("has a gradient but", "have a gradient but", "a learning rate of exactly 0"),
     Reason.UNCHANGED: ("has a gradient but", "have a gradient but", "updates of exactly 0"),
     Reason.ZERO_GRADIENT: ("has", "have", "a gradient of exactly zero"),
-    Reason.NEVER_RAN: ("gets", "get", "no gradient, as far as known because it never runs"),
+    Reason.NEVER_RAN: ("never ran", "never ran", "as far as can be seen, and got no gradient"),
     Reason.SPARE: ("has", "have", "parameters that get no gradient beside others that do"),
     Reason.STILL: ("has", "have", "biases or scales too coarse for their updates"),
     Reason.FROZEN: ("is", "are", "frozen by requires_grad=False"),
@@ -50,7 +54,7 @@ WORDS: Mapping[Reason, tuple[str, str, str]] = {
 FOLLOWS: Mapping[Reason, str] = {
     Reason.NO_OPTIMIZER: "so no step updates the parameters",
     Reason.NO_GRAD: "so no step trains the parameters",
-    Reason.CUT_OFF: "so something cuts the way back from the loss and nothing is trained there",
+    Reason.CUT_OFF: "so the loss does not use what comes out, or something cuts the way back",
     Reason.LR_ZERO: "so the parameters stay as they were initialized",
     Reason.UNCHANGED: "so all of them are lost in rounding",
     Reason.NEVER_RAN: "which is harmless if it is not meant to",
@@ -60,9 +64,18 @@ FOLLOWS: Mapping[Reason, str] = {
 }
 
 
-def severity_of(reason: Reason, *, harmful: bool) -> Severity:
-    """Returns how bad it is that a module does not train for this reason."""
-    serious = reason in FACTS or (reason is Reason.ZERO_GRADIENT and harmful)
+def severity_of(reason: Reason, *, harmful: bool, from_the_start: bool) -> Severity:
+    """Returns how bad it is that a module does not train for this reason.
+
+    Args:
+        reason: The reason.
+        harmful: Whether the loss has been bad all the while.
+        from_the_start: Whether the model is untrained from its first module on.
+    """
+    if reason in AMBIGUOUS:
+        serious = harmful or from_the_start
+    else:
+        serious = reason in FACTS or (reason is Reason.ZERO_GRADIENT and harmful)
     return Severity.WARNING if serious else Severity.INFO
 
 
@@ -113,6 +126,14 @@ class Surroundings:
         if reason is None and any(r.in_optimizer for r in without):
             return Reason.SPARE, True
         return reason, True
+
+    def starts_untrained(self) -> bool:
+        """Whether the first module that takes part, in order, is one that no gradient reaches."""
+        for module, readings in self.modules.items():
+            own = [r for r in readings if r.requires_grad and r.in_optimizer]
+            if any(r.used or r.used_without_grad or r.grad_norm >= 0.0 for r in own):
+                return self.reason(module, had_gradient=False)[0] in AMBIGUOUS
+        return False
 
     def _without_gradient(
         self, module: str, own: Sequence[ParameterReading], had_gradient: bool

@@ -225,6 +225,10 @@ class LayerWatch:
         """Whether a finding at ``where`` has not healed."""
         return any(p.episode.open and p.where == where for p in self._places.values())
 
+    def ever_had(self, place: str) -> bool:
+        """Whether the symptom was ever seen there."""
+        return place in self._places and self._places[place].peak > 0.0
+
     def has_open(self, place: str) -> bool:
         """Whether a followed place has a finding that has not healed."""
         return place in self._places and self._places[place].episode.open
@@ -277,5 +281,5 @@ class LayerWatch:
             bad=bad,
             harmful=bad and all(bad for *_, bad in place.marks),
             worse=progress.is_worse(),
-            loss={"loss": progress.present, "early_loss": progress.early} if progress.ready else {},
+            loss={"loss": progress.present, "early_loss": progress.start} if progress.ready else {},
         )

@@ -119,17 +119,17 @@ def _of_origin(observation: Observation, origin: NonFiniteOrigin) -> tuple[str, 
         )
     if origin.place == "loss":
         return "loss", (
-            f"The loss is {observation.loss} at step {step} although the outputs of all modules "
+            f"The loss is {_loss(observation)} at step {step} although the outputs of all modules "
             "are finite, so the loss function itself is at fault."
         )
     if origin.place == "forward":
         finite_input = ", although its input is" if origin.module else ""
         return where, (
             f"The forward pass is first not finite in {place} at step {step}{at}{finite_input}, so "
-            f"the loss is {observation.loss}."
+            f"the loss is {_loss(observation)}."
         )
     if not origin.module:
-        place = "the loss, before it reaches a module"
+        place = "the loss, before it reaches the model,"
     return where, (
         f"The backward pass is first not finite in {place} at step {step}{at} while the loss is "
         f"{_loss(observation)}, so this step would make the weights NaN for good."
@@ -145,7 +145,10 @@ def _at(origin: NonFiniteOrigin) -> str:
 
 
 def _loss(observation: Observation) -> str:
-    return "not known" if observation.loss is None else f"{observation.loss:.3g}"
+    loss = observation.loss
+    if loss is None:
+        return "not known"
+    return "NaN" if math.isnan(loss) else f"{loss:.3g}".replace("inf", "Inf")
 
 
 # ---- told from the norms ------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def _loss(observation: Observation) -> str:
 
 def _of_loss(observation: Observation) -> tuple[str, str]:
     return "loss", (
-        f"The loss is {observation.loss} at step {observation.step} although all gradients are "
+        f"The loss is {_loss(observation)} at step {observation.step} although all gradients are "
         "finite, so the batch or the loss function is at fault and the step teaches nothing."
     )
 

@@ -32,8 +32,9 @@ class NotTrainingDetector(LayerDetector):
     `WARNING` without a look at the loss, after persistence, if a module
 
     - has a gradient but is in no optimizer;
-    - is in an optimizer but ran only with gradients turned off;
-    - is in an optimizer and ran, but never gets a gradient (something is detached);
+    - is in an optimizer but ran only with gradients turned off, or ran but never gets a gradient
+      (something is detached), and so did all before it: of others the loss may do without, and
+      only a bad one makes them a `WARNING`;
     - has a gradient but a learning rate of exactly 0, unless all have;
     - has a gradient but updates of exactly 0: they are lost in rounding.
 
@@ -96,6 +97,7 @@ class NotTrainingDetector(LayerDetector):
         self._clear()
 
     def _clear(self) -> None:
+        self._from_the_start = False  # as of the inspection that is looked at
         self._had_gradient = {}
         self._groups = {}
 
@@ -109,6 +111,7 @@ class NotTrainingDetector(LayerDetector):
     def _looks(self, inspection: Inspection, observation: Observation) -> Iterable[Look]:
         t = self._thresholds
         model = Surroundings(inspection.parameters, t.touched_share, t.depth_factor)
+        self._from_the_start = model.starts_untrained()
         followed, frozen = set(self._watch.places), []
         for module, readings in model.modules.items():
             if len(self._had_gradient) < MAX_MODULES and any(r.grad_norm >= 0 for r in readings):
@@ -146,7 +149,7 @@ class NotTrainingDetector(LayerDetector):
     ) -> Iterable[Finding]:
         """One finding for all modules that do not train for the same reason."""
         harmful = any(course.harmful for _, course in entries)
-        severity = severity_of(reason, harmful=harmful)
+        severity = severity_of(reason, harmful=harmful, from_the_start=self._from_the_start)
         for look, _ in entries:
             self._watch.report(look, severity)
         where, said = self._groups.get(reason.value, ("", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from lightning_gradguard.diagnose.baseline import MAD_TO_SCALE
@@ -25,7 +25,7 @@ class OscillatingDetector:
     window, when every loss lies above the very first one, which no update had touched; in both
     cases by a `swing_level` of a positive level, and without a new best level. In two windows in a
     row it is `INFO`; in `swing_windows` it is a `WARNING` if the loss is no better than early in
-    training, or worse.
+    training, be it on average, or worse.
     """
 
     _calm: float
@@ -110,7 +110,9 @@ class OscillatingDetector:
             if not swings:
                 self._episode.calm(t.swing_window)
             return []
-        bad = progress.is_worse() or progress.is_stuck()
+        # A swing may touch zero each time, and be no better on average than before training.
+        no_better = progress.positive and fmean(window) >= progress.start
+        bad = no_better or progress.is_worse() or progress.is_stuck()
         severity = Severity.WARNING if bad and lasting >= t.swing_windows else Severity.INFO
         if not self._episode.report(severity):
             return []

@@ -35,8 +35,8 @@ class LossProgress:
 
     Everything is a difference measured in noise scales or in the improvement made so far, so
     neither scaling nor a negative loss matters. Only a positive level also gives a margin in
-    proportion to itself (`Thresholds.level_margin`): a loss that was ever at zero or below has no
-    natural zero to be in proportion to.
+    proportion to itself (`Thresholds.level_margin`): a loss that was ever below zero has no natural
+    zero to be in proportion to.
     """
 
     _block: list[float]
@@ -84,8 +84,12 @@ class LossProgress:
 
     @property
     def positive(self) -> bool:
-        """Whether every loss was above zero, so that a share of it means something."""
-        return self._lowest_ever > 0.0
+        """Whether no loss was below zero, so that a share of it means something.
+
+        One of exactly zero is no sign of another kind: a hinge loss that is solved, or a
+        cross-entropy that is rounded.
+        """
+        return self._lowest_ever >= 0.0
 
     def new_phase(self) -> None:
         """Takes in that the run changed course: what rises next is not a loss of progress yet."""
@@ -177,7 +181,7 @@ class LossProgress:
         if solved or self.best == self.start == 0.0:
             return False
         share, slack = t.early_share, 0.0
-        if self.has_fallen():
+        if self.has_fallen(alone=alone):
             share = t.fallen_share_alone if alone else t.fallen_share
             slack = t.reached * (self.start - self.stages.present)
         return self.stages.is_stuck(share, slack, self.present, positive=self.positive)
@@ -207,10 +211,15 @@ class LossProgress:
         far = self.level < -self._thresholds.runaway_level * max(abs(self.start), self.early_noise)
         return far and self.stages.is_steepest()
 
-    def has_fallen(self) -> bool:
-        """Whether a stuck loss is far below its first level, so that it may be all it can be."""
+    def has_fallen(self, *, alone: bool = False) -> bool:
+        """Whether a stuck loss is far below its first level, so that it may be all it can be.
+
+        Args:
+            alone: Whether there is no other symptom: then less of a fall is enough to doubt.
+        """
         level = self.stages.present if self.stages.ready else self.level
-        return self.positive and level < self._thresholds.fallen_level * self.start
+        share = self._thresholds.fallen_level_alone if alone else self._thresholds.fallen_level
+        return self.positive and level < share * self.start
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers and lists."""

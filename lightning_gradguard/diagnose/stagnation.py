@@ -68,7 +68,9 @@ class StagnatingDetector:
         if min(age, flat) < self._thresholds.flat_steps or count < self._respite:
             return []
         lasting = age >= self._patience(observation.model.planned_steps)
-        sure = lasting and self._progress.is_stuck(alone=True) and not self._is_leaving()
+        # Without a natural zero nothing tells what has been gained: a policy's loss stays near it.
+        sure = lasting and self._progress.positive and self._progress.is_stuck(alone=True)
+        sure = sure and not self._is_leaving()
         severity = Severity.WARNING if sure else Severity.INFO
         if not self._episode.report(severity):
             return []
@@ -171,7 +173,7 @@ class StagnatingDetector:
         steps = self._flat_steps()
         if severity is Severity.INFO:
             follows = "which a plateau before a drop can explain"
-        elif progress.has_fallen():
+        elif progress.has_fallen(alone=True):
             follows = "so the run learns nothing more unless this is the best the data allow"
         else:
             follows = "so the run learns nothing"

@@ -71,6 +71,7 @@ _SHARES = (
     "fallen_share",
     "fallen_share_alone",
     "fallen_level",
+    "fallen_level_alone",
     "crawl_share",
     "runaway_pace",
     "crawl_gain",
@@ -238,6 +239,9 @@ class Thresholds:
     fallen_level: float = 0.75
     """Share of a positive first level below which a loss has fallen. Learning only how frequent
     the classes are takes the cross-entropy of a fresh model down by less than a quarter."""
+    fallen_level_alone: float = 0.95
+    """The same where there is no other symptom either: a click-through rate can be no better
+    predictable than a tenth below its frequency."""
     crawl_share: float = 0.2
     """Share of the planned steps after which a loss is expected to have moved."""
     crawl_gain: float = 0.1

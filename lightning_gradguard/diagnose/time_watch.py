@@ -226,7 +226,7 @@ class TimeWatch:
             return []
         part.step = self._step
         if reading.causes:
-            part.causes = dict(reading.causes)
+            part.causes = {k: v for k, v in reading.causes.items() if math.isfinite(v)}
         # Without an interval of its own, a reading stands only together with the ones after it.
         known = reading.decay_error >= 0.0
         error = reading.decay_error if known else 0.0
@@ -266,5 +266,5 @@ class TimeWatch:
         progress = self._progress
         # A cheap reading knows of no causes; those of the last exact one are not long past.
         reading = replace(reading, causes=reading.causes or part.causes)
-        loss = {"loss": progress.present, "early_loss": progress.early} if progress.ready else {}
+        loss = {"loss": progress.present, "early_loss": progress.start} if progress.ready else {}
         return Verdict(reading, severity, len(part.marks), progress.is_worse(), loss, part.since)

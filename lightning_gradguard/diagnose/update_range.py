@@ -39,13 +39,16 @@ class UpdateRangeDetector(LayerDetector):
 
     def _looks(self, inspection: Inspection, observation: Observation) -> Iterable[Look]:
         weights = [r for r in inspection.parameters if _was_measured(r)]
+        if any(r.lr > 0.0 for r in weights):
+            # What a group with a rate of 0 holds still says nothing of the rate of the others.
+            weights = [r for r in weights if r.lr != 0.0]
         if not weights:
             return
         typical = median(r.update_ratio for r in weights)
         yield self._look_fast(typical)
-        slow = self._look_slow(typical, weights, observation.model.planned_steps)
-        if slow is not None:
-            yield slow
+        # Weights that were blown up at first make every later update look small.
+        if not self._watch.ever_had(_FAST):
+            yield from self._look_slow(typical, weights, observation.model.planned_steps)
         moving = [r for r in weights if r.update_ratio > 0.0]
         if typical > 0.0:
             reach = self._reach(observation.model.planned_steps)
@@ -99,14 +102,14 @@ class UpdateRangeDetector(LayerDetector):
 
     def _look_slow(
         self, typical: float, weights: Sequence[ParameterReading], planned: int | None
-    ) -> Look | None:
+    ) -> Iterable[Look]:
         t = self._thresholds
         rate = _median_rate(weights)
         if typical == 0.0 and rate != 0.0:
-            return None  # lost in rounding, which is not the learning rate's fault
+            return  # lost in rounding, which is not the learning rate's fault
         latest = max(t.slow_update_span, planned // 2) if planned else t.slow_update_span
         pace = typical if math.isnan(rate) else rate
-        return Look(
+        yield Look(
             place=_SLOW,
             where="model",
             symptom=typical < self._reach(planned),

@@ -77,7 +77,7 @@ class InspectionSnapshot:
         columns = {one: [next(rest) for _ in measured] for one in _FIELDS}
         # A fused optimizer drops a step that is not finite by itself, and nobody is told.
         finite = all(map(math.isfinite, norms.values()))
-        if dropped or not (finite or any(columns["update_ratio"])):
+        if dropped or not (finite or any(ratio > 0.0 for ratio in columns["update_ratio"])):
             columns["update_ratio"] = [math.nan] * len(measured)
         numbers = {
             name: dict(zip(_FIELDS, row, strict=True))
@@ -261,7 +261,8 @@ class LayerInspector:
             "name": weight.name,
             "elements": weight.elements,
             "dims": weight.dims,
-            "requires_grad": parameter.requires_grad,
+            # As `toggle_optimizer` holds them still in the step of another optimizer: no freeze.
+            "requires_grad": parameter.requires_grad or weight.elsewhere,
             "in_optimizer": weight.elsewhere or weight.group is not None,
             "used": used[0],
             "used_without_grad": used[1],

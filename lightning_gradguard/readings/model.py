@@ -22,6 +22,8 @@ class ModelFacts:
             case (``"relu"``, ``"sigmoid"``); ``"other"``.
         training: Module path to whether it is in train mode, for normalization and dropout.
         precision: ``"32"``, ``"bf16"``, ``"16"``, ... as far as known; empty if not.
+        optimizers: Optimizers of the run. With several, as in a GAN, a loss is part of a game: that
+            it rises or stays says nothing.
         guarded: Whether the guard clips, bounds and drops steps of this run already.
         planned_steps: Optimizer steps that the run is planned to take; ``None`` if not known.
 
@@ -38,6 +40,7 @@ class ModelFacts:
     kinds: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, bool] = field(default_factory=dict)
     precision: str = ""
+    optimizers: int = 1
     guarded: bool = False
     planned_steps: int | None = None
 

@@ -25,13 +25,13 @@ Choice = Callable[[Finding, ModelFacts], Sequence[Remedy | None]]
 def _non_finite(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
     evidence = finding.evidence
     if evidence.get("batch"):
-        return steps.check_batch(), steps.guard_skips(facts)
+        return steps.check_batch(), _unless_guarded(steps.guard_skips(), facts)
     if finding.where == "loss" or evidence.get("loss_is_finite") == 0.0:
-        return steps.check_batch(), steps.safe_loss(), steps.guard_skips(facts)
+        return steps.check_batch(), steps.safe_loss(), _unless_guarded(steps.guard_skips(), facts)
     half = steps.bfloat16(facts) if facts.precision.startswith("16") else None
     return (
         half,
-        steps.guard_skips(facts),
+        _unless_guarded(steps.guard_skips(), facts),
         steps.lower_rate(facts),
         steps.anomaly_detection(),
     )
@@ -95,7 +95,10 @@ def _not_training(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None
     reason = _reason(finding)
     if reason is Reason.NO_OPTIMIZER:
         alone = finding.evidence.get("modules", 1.0) == 1.0
-        return (layers.into_optimizer(path if alone else ""),)
+        place = path if alone else ""
+        return layers.into_optimizer(place), layers.freeze(place)
+    if reason is Reason.NO_GRAD and path:  # as a teacher runs whose parameters were not left out
+        return layers.keep_graph(path), layers.freeze(path), layers.list_without_gradient()
     if reason is Reason.LR_ZERO:
         return (steps.some_rate(facts),)
     if reason in (Reason.UNCHANGED, Reason.STILL):
@@ -104,7 +107,7 @@ def _not_training(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None
         return (
             layers.leaky_relu(path, facts),
             layers.fresh_layer(path, facts),
-            *_without_gradient(path, facts),
+            steps.lower_rate(facts),
         )
     if reason is Reason.FROZEN:
         return (layers.unfreeze(path),)
@@ -118,6 +121,8 @@ def _without_gradient(path: str, facts: ModelFacts) -> Sequence[Remedy | None]:
 def _update_out_of_range(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
     path, evidence = _path(finding), finding.evidence
     if "latest" in evidence:  # of the whole model, too slow
+        if _is_far_above_usual(facts):  # for what such a rate has made of the weights
+            return steps.lower_rate(facts), steps.standardized_inputs(facts)
         return steps.adaptive_optimizer(facts), steps.raise_rate(facts)
     median = evidence.get("median", 0.0)
     if evidence.get("update_ratio", 1.0) < median:
@@ -127,16 +132,16 @@ def _update_out_of_range(finding: Finding, facts: ModelFacts) -> Sequence[Remedy
             steps.raise_rate(facts),
         )
     own = steps.own_rate(path, facts, 0.1) if median else None
-    return own, steps.lower_rate(facts), steps.guard_bounds(facts)
+    return own, steps.lower_rate(facts), _unless_guarded(steps.guard_bounds(), facts)
 
 
 def _exploding(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
     recurrence = layers.orthogonal_recurrence(finding.where, facts)
     if recurrence is not None:  # in measurements a lower rate alone did not help such a net
-        return steps.guard_bounds(facts), recurrence, steps.lower_rate(facts)
+        return _unless_guarded(steps.guard_bounds(), facts), recurrence, steps.lower_rate(facts)
     return (
         steps.lower_rate(facts),
-        steps.guard_bounds(facts),
+        _unless_guarded(steps.guard_bounds(), facts),
         layers.normalization(facts),
     )
 
@@ -144,14 +149,14 @@ def _exploding(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
 def _diverging(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
     return (
         steps.lower_rate(facts),
-        steps.guard_bounds(facts),
+        _unless_guarded(steps.guard_bounds(), facts),
         steps.clear_gradients(),
     )
 
 
 def _loss_spike(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
     return (
-        steps.guard_skips(facts),
+        _unless_guarded(steps.guard_skips(), facts),
         steps.lower_rate(facts),
         steps.look_at_batch(),
     )
@@ -161,19 +166,26 @@ def _oscillating(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]
     return (
         steps.lower_rate(facts),
         steps.decay_rate(facts),
-        steps.guard_bounds(facts),
+        _unless_guarded(steps.guard_bounds(), facts),
     )
 
 
 def _stagnating(finding: Finding, facts: ModelFacts) -> Sequence[Remedy | None]:
-    usual = _USUAL_RATES.get(facts.optimizer, _USUAL_RATE)
-    if facts.lr > 10.0 * usual:
+    if _is_far_above_usual(facts):
         return steps.lower_rate(facts), steps.standardized_inputs(facts)
     return (
         steps.adaptive_optimizer(facts),
         steps.raise_rate(facts),
         steps.standardized_inputs(facts),
     )
+
+
+def _is_far_above_usual(facts: ModelFacts) -> bool:
+    return facts.lr > 10.0 * _USUAL_RATES.get(facts.optimizer, _USUAL_RATE)
+
+
+def _unless_guarded(remedy: Remedy, facts: ModelFacts) -> Remedy | None:
+    return None if facts.guarded else remedy
 
 
 def _reason(finding: Finding) -> Reason | None:

@@ -28,6 +28,7 @@ from lightning_gradguard.diagnose.time_remedies import module_code
 from lightning_gradguard.readings import ModelFacts
 
 _MEASURED = "docs/remedies.md#"
+_IN_OPTIMIZER = '{id(p) for g in optimizer.param_groups for p in g["params"]}'
 # Hidden layers below which a skip connection spares the gradient next to nothing.
 _DEEP = 4
 
@@ -192,16 +193,29 @@ def _he_code(facts: ModelFacts) -> str:
 
 def into_optimizer(path: str) -> Remedy:
     """Parameters that were forgotten."""
-    known = '{id(p) for g in optimizer.param_groups for p in g["params"]}'
     if path:
         code = f'optimizer.add_param_group({{"params": {module_code(path)}.parameters()}})'
     else:
         code = (
             'optimizer.add_param_group({"params": [p for p in model.parameters() '
-            f"if id(p) not in {known}]}})"
+            f"if id(p) not in {_IN_OPTIMIZER}]}})"
         )
     return Remedy(
         "Give its parameters to the optimizer.", code, _MEASURED + "parameters-for-the-optimizer"
+    )
+
+
+def freeze(path: str) -> Remedy:
+    """Parameters that were left out on purpose; without a path all that no optimizer has."""
+    if path:
+        code = f"{module_code(path)}.requires_grad_(False)"
+    else:
+        code = (
+            f"[p.requires_grad_(False) for p in model.parameters() if id(p) not in {_IN_OPTIMIZER}]"
+        )
+    return Remedy(
+        "Freeze its parameters if they are meant to stay as they are, which saves their gradient.",
+        code,
     )
 
 

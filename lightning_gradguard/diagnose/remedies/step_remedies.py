@@ -77,10 +77,8 @@ def warm_up() -> Remedy:
     )
 
 
-def guard_bounds(facts: ModelFacts) -> Remedy | None:
-    """Clipping and capping, where the guard does not do it already."""
-    if facts.guarded:
-        return None
+def guard_bounds() -> Remedy:
+    """Clipping and capping."""
     return Remedy(
         "Let the guard clip the gradient and cap the update.",
         GUARD,
@@ -88,10 +86,8 @@ def guard_bounds(facts: ModelFacts) -> Remedy | None:
     )
 
 
-def guard_skips(facts: ModelFacts) -> Remedy | None:
-    """Dropping of bad steps, where the guard does not do it already."""
-    if facts.guarded:
-        return None
+def guard_skips() -> Remedy:
+    """Dropping of bad steps."""
     return Remedy(
         "Let the guard drop such steps before they reach the weights.",
         GUARD,
