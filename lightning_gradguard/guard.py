@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,16 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard._validation import check_choice, check_number, check_type
-from lightning_gradguard.diagnose import Finding, Pathology, Thresholds
+from lightning_gradguard.diagnose import Pathology, Thresholds
+from lightning_gradguard.engine_results import EngineResults
 from lightning_gradguard.measure import GradNorms
 from lightning_gradguard.measure.model_facts import model_facts
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.sharding import local_tensor
 from lightning_gradguard.pipeline import Outcome, Pipeline
-from lightning_gradguard.readings import NonFiniteOrigin, Seen, TimeReading
-from lightning_gradguard.record import OptimizerReport, Recorder, Report, StepRecord
+from lightning_gradguard.readings import NonFiniteOrigin
+from lightning_gradguard.record import Recorder
 from lightning_gradguard.respond import (
-    Action,
     AdaptiveClip,
     LearningRateBackoff,
     SkipBadSteps,
@@ -41,9 +40,9 @@ from lightning_gradguard.respond.agreement import Agreement
 from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs_fused
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
-from lightning_gradguard.respond.update_bounds import UpdateBound
 from lightning_gradguard.samplers import Samplers
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules
+from lightning_gradguard.steps import Step
 from lightning_gradguard.watched import WatchedParameters
 
 logger = logging.getLogger("lightning_gradguard")
@@ -53,27 +52,7 @@ logger = logging.getLogger("lightning_gradguard")
 DEVICE_DELAY = 2
 
 
-@dataclass
-class _Step:
-    """A step under way."""
-
-    outcome: Outcome
-    norms: Callable[[], Mapping[str, float]]  # of every parameter
-    bound: UpdateBound | None  # whose signal is read with it
-    seen: Seen  # what has become known about this step and earlier ones
-    on_device: tuple[Tensor, Tensor] | None = None  # coefficient; norm, loss, failed ranks, signal
-
-    @property
-    def dropped(self) -> bool:
-        """Whether it is known to be left out."""
-        return self.outcome.coefficient == 0.0
-
-    def left_out(self) -> bool | Tensor:
-        """The same, on the device where that was decided there."""
-        return self.dropped if self.on_device is None else self.on_device[0].view(()) == 0.0
-
-
-class GuardEngine:
+class GuardEngine(EngineResults):
     """Watches and protects one optimizer in a plain torch loop.
 
     Args:
@@ -171,7 +150,7 @@ class GuardEngine:
         self._rate = ScaledLearningRate(optimizer)
         self._fused = runs_fused(optimizer)
         self._controls = FusedControls(optimizer)
-        self._late: DelayedRead[_Step] = DelayedRead(DEVICE_DELAY)
+        self._late: DelayedRead[Step] = DelayedRead(DEVICE_DELAY)
         groups = optimizer.param_groups
         self._sharded = any(local_tensor(p) is not p for g in groups for p in g["params"])
         self._agreement = Agreement(
@@ -190,43 +169,10 @@ class GuardEngine:
             delay=DEVICE_DELAY if self._fused else 0,
             silent=self.recorder.silent,
         )
-        self._current: _Step | None = None
+        self._current: Step | None = None
         self._late_signal: list[float] = []
         self._watch_parameters()
         self._hook = optimizer.register_step_post_hook(self._post_step_hook)
-
-    # -- what happened ---------------------------------------------------------------------------
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Findings so far, in the order in which they opened."""
-        return list(self.recorder.findings)
-
-    @property
-    def actions(self) -> list[Action]:
-        """What the guard did, oldest first; clips and caps are in :attr:`history`."""
-        return list(self.recorder.actions)
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The last steps as numbers, oldest first."""
-        return self.recorder.history
-
-    @property
-    def time_readings(self) -> list[TimeReading]:
-        """How gradients travelled through time, as far back as it is kept, oldest first."""
-        return self.recorder.readings
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Running counts: steps; skipped, clipped and capped ones; findings."""
-        return self._pipeline.counts
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the ladder is spent and the run should end."""
-        ladder = self._pipeline.ladder
-        return ladder is not None and ladder.should_stop
 
     @property
     def dropping(self) -> bool:
@@ -235,10 +181,6 @@ class GuardEngine:
         ``False`` for a fused optimizer: its steps are dropped on the device, unknown to the host.
         """
         return self._current is not None and self._current.dropped
-
-    def report(self) -> Report:
-        """Findings, remedies and actions; print it, or take it as data."""
-        return Report((OptimizerReport.of(self.recorder, self.counts),))
 
     # -- around each step ------------------------------------------------------------------------
 
@@ -272,11 +214,7 @@ class GuardEngine:
         ``False`` for a fused optimizer, whose steps are known to the host later only, and where a
         scaler looks for its scale.
         """
-        step = self._current
-        if step is None or step.on_device is not None or step.outcome.left_to_scaler:
-            return False
-        loss = step.outcome.loss
-        if math.isfinite(step.outcome.total_norm) and (loss is None or math.isfinite(loss)):
+        if self._current is None or not self._current.lacks_origin:
             return False
         known = (f for f in self.findings if f.pathology is Pathology.NON_FINITE)
         return all(finding.until is not None for finding in known)
@@ -284,7 +222,7 @@ class GuardEngine:
     def explain(self, origin: NonFiniteOrigin) -> None:
         """Tell where the step under way was first not finite, for the finding about it."""
         if self._current is not None:
-            self._current.seen = replace(self._current.seen, origin=origin)
+            self._current.explain(origin)
 
     def pause(self) -> None:
         """Do not watch forward and backward passes until :meth:`resume`."""
@@ -338,7 +276,7 @@ class GuardEngine:
             left_to_scaler=scaler is not None,
         )
         self.step += 1
-        self._current = step = _Step(outcome, lambda: norms.parameters, self._watched.bound, seen)
+        self._current = step = Step(outcome, lambda: norms.parameters, self._watched.bound, seen)
         signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, early = act(
@@ -349,7 +287,7 @@ class GuardEngine:
             if self._watched.bound is not None:
                 self._watched.bound.before_step(outcome.plan.max_ratio, coefficient, early)
 
-    def _act_on_host(self, step: _Step, values: Tensor) -> tuple[float, list[float]]:
+    def _act_on_host(self, step: Step, values: Tensor) -> tuple[float, list[float]]:
         """Decide from values read now: the one host read of a healthy step."""
         total, loss, failed, *signal = values.tolist()
         coefficient = 1.0
@@ -367,7 +305,7 @@ class GuardEngine:
         step.outcome = step.outcome.seen(total, loss, coefficient)
         return coefficient, signal
 
-    def _act_on_device(self, step: _Step, values: Tensor) -> tuple[Tensor, list[float]]:
+    def _act_on_device(self, step: Step, values: Tensor) -> tuple[Tensor, list[float]]:
         """Decide on the device; the host reads of it ``DEVICE_DELAY`` steps later."""
         if self._pipeline.ladder is not None:
             coefficient = self._controls.apply(step.outcome.plan, values[0])
@@ -382,7 +320,7 @@ class GuardEngine:
             with self._containment():
                 self._after_step(self._current)
 
-    def _after_step(self, step: _Step) -> None:
+    def _after_step(self, step: Step) -> None:
         self._current = None
         self._release()
         capped: int | Tensor = 0
@@ -410,7 +348,7 @@ class GuardEngine:
         for late, values in self._late.push(step, torch.cat([*counts, *step.on_device])):
             self._take_late(late, values)
 
-    def _take_late(self, step: _Step, values: list[float]) -> None:
+    def _take_late(self, step: Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
         capped, large, coefficient, total, loss, failed, *signal = values
         if step.bound is self._watched.bound:  # else a group was added since
@@ -424,7 +362,7 @@ class GuardEngine:
             outcome = replace(outcome, capped=int(capped), large=int(large))
         self._take(step, outcome)
 
-    def _take(self, step: _Step, outcome: Outcome) -> None:
+    def _take(self, step: Step, outcome: Outcome) -> None:
         self._pipeline.take(outcome, step.norms, step.seen)
         if self._pipeline.wants_exact:
             self._samplers.want_exact(outcome.number)
@@ -520,19 +458,9 @@ class GuardEngine:
             "pipeline": self._pipeline.state_dict(),
             "bound": self._watched.bound.state_dict() if self._watched.bound is not None else None,
             "late_signal": list(self._late_signal),
-            "late": [self._late_to_dict(*entry) for entry in self._late.drain()],
+            "late": [step.to_dict(values) for step, values in self._late.drain()],
             "tensors": len(self._watched.meter.names),
             "samplers": self._samplers.state_dict(),
-        }
-
-    def _late_to_dict(self, step: _Step, values: list[float]) -> dict[str, Any]:
-        # Where a norm that is not finite comes from will be asked.
-        norms = {} if all(map(math.isfinite, values)) else dict(step.norms())
-        return {
-            "outcome": step.outcome.to_dict(),
-            "values": values,
-            "norms": norms,
-            "seen": step.seen.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -541,20 +469,7 @@ class GuardEngine:
         self._pipeline.load_state_dict(state["pipeline"])
         same = state["tensors"] == len(self._watched.meter.names)
         bound = self._watched.bound if same else None
-        self._late.refill(
-            [
-                (
-                    _Step(
-                        Outcome.from_dict(entry["outcome"]),
-                        partial(dict, entry["norms"]),
-                        bound,
-                        Seen.from_dict(entry["seen"]),
-                    ),
-                    list(entry["values"]),
-                )
-                for entry in state["late"]
-            ]
-        )
+        self._late.refill([Step.from_dict(entry, bound) for entry in state["late"]])
         self._late_signal = list(state["late_signal"]) if same else []
         if bound is not None and state["bound"] is not None:
             bound.load_state_dict(state["bound"])

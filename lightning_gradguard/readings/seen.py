@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_gradguard.readings.layers import Inspection, NonFiniteOrigin
@@ -28,6 +28,10 @@ class Seen:
     lr: float = math.nan
     new_phase: bool = False
     origin: NonFiniteOrigin | None = None
+
+    def with_origin(self, origin: NonFiniteOrigin) -> Seen:
+        """The same, and where NaN or Inf first appeared."""
+        return replace(self, origin=origin)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
