@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import random
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,17 +31,13 @@ from lightning_gradguard.diagnose import (
 )
 from lightning_gradguard.diagnose.remedies import with_remedies
 from lightning_gradguard.readings import ModelFacts
+from tests.diagnose.mixed_runs import eventful_trace as eventful
 from tests.diagnose.traces import (
-    FLAT,
-    HEALTHY,
-    SWINGING,
     Trace,
     diagnose,
     explosion,
     falling,
     heavy_tailed,
-    lasting_spike,
-    slow_divergence,
 )
 
 KINDS = [
@@ -57,22 +51,6 @@ KINDS = [
 # Each example is a whole run.
 few = settings(max_examples=20)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-LOSSES = st.none() | st.floats() | st.sampled_from([0.0, 1.0])
-NORMS = st.floats(min_value=0.0) | st.just(math.nan) | st.sampled_from([0.0, 1.0])
-ANYTHING = st.lists(st.tuples(LOSSES, NORMS), max_size=120)
-
-
-def eventful(seed: int, n: int = 700) -> Trace:
-    """A run with a good part and then one of everything that can go wrong."""
-    rng = random.Random(seed)
-    makes = [*HEALTHY.values(), *FLAT.values(), *SWINGING.values()]
-    healthy = rng.choice(makes)(rng, n)[: rng.randrange(n)]
-    bad = rng.choice([explosion, lasting_spike, slow_divergence])(rng, rng.randrange(2, 200))
-    holes = [(math.nan, 1.0), (1.0, math.inf), (0.0, 0.0)]
-    trace = healthy + bad[:400]
-    for _ in range(3):
-        trace[rng.randrange(len(trace))] = rng.choice(holes)
-    return trace
 
 
 def facts(findings: list[Finding]) -> list[tuple[str, str, str, int]]:
@@ -118,35 +96,6 @@ def test_diagnosis_needs_no_torch() -> None:
 
 
 @every_kind
-@given(trace=ANYTHING)
-def test_any_input_is_survived(kind: type[Detector], trace: Trace) -> None:
-    detector = kind()
-    for finding in diagnose(trace, [detector]):
-        assert all(math.isfinite(v) for v in finding.evidence.values())
-        json.dumps(finding.to_dict(), allow_nan=False)
-    json.dumps(detector.state_dict(), allow_nan=False)
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000))
-def test_the_same_run_gives_the_same_findings(kind: type[Detector], seed: int) -> None:
-    assert diagnose(eventful(seed), [kind()]) == diagnose(eventful(seed), [kind()])
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000), exponent=st.floats(-12, 12))
-def test_scaling_the_loss_changes_no_finding(
-    kind: type[Detector], seed: int, exponent: float
-) -> None:
-    c = 10.0**exponent
-    trace = eventful(seed)
-    scaled = [(c * loss, c * norm) for loss, norm in trace]
-    assert facts(diagnose(scaled, [kind()])) == facts(diagnose(trace, [kind()]))
-
-
-@every_kind
 @few
 @given(seed=st.integers(0, 10_000), exponent=st.floats(-12, 12))
 def test_the_unit_of_the_gradient_alone_changes_no_finding(
@@ -167,67 +116,6 @@ def test_below_zero_shifting_the_loss_changes_no_finding(
     trace = [(-1000.0 + min(loss, 100.0), norm) for loss, norm in eventful(seed)]
     shifted = [(loss - shift, norm) for loss, norm in trace]
     assert facts(diagnose(shifted, [kind()])) == facts(diagnose(trace, [kind()]))
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000), cut=st.floats(0, 1))
-def test_a_restored_state_continues_identically(
-    kind: type[Detector], seed: int, cut: float
-) -> None:
-    trace = eventful(seed)
-    k = int(cut * len(trace))
-    whole, first, second = kind(), kind(), kind()
-    expected = [f for o in observations(trace) for f in whole.observe(o)]
-    head = [f for o in observations(trace[:k]) for f in first.observe(o)]
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    tail = [f for o in observations(trace[k:], k) for f in second.observe(o)]
-    assert head + tail == expected
-    assert second.state_dict() == whole.state_dict()
-
-
-@every_kind
-def test_a_state_is_a_copy(kind: type[Detector]) -> None:
-    detector = kind()
-    trace = eventful(0)
-    diagnose(trace[:100], [detector])
-    state = detector.state_dict()
-    written = json.dumps(state)
-    diagnose(trace[100:], [detector])
-    assert json.dumps(state) == written
-    other = kind()
-    other.load_state_dict(state)
-    diagnose(trace[100:], [other])
-    assert json.dumps(state) == written
-
-
-@every_kind
-def test_a_state_loads_with_weights_only(kind: type[Detector]) -> None:
-    detector = kind()
-    diagnose(eventful(3), [detector])
-    buffer = io.BytesIO()
-    torch.save(detector.state_dict(), buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == detector.state_dict()
-
-
-@every_kind
-def test_reset_forgets_everything(kind: type[Detector]) -> None:
-    detector = kind()
-    diagnose(eventful(1), [detector])
-    detector.reset()
-    assert detector.state_dict() == kind().state_dict()
-    assert diagnose(eventful(2), [detector]) == diagnose(eventful(2), [kind()])
-
-
-@every_kind
-@pytest.mark.parametrize(
-    "trace",
-    [[], [(1.0, 1.0)], [(None, 0.0)], [(0.0, 0.0)] * 500, [(-3.0, 2.0)] * 190, [(None, 1.0)] * 500],
-    ids=["empty", "one step", "one unknown", "zero", "constant", "no loss"],
-)
-def test_inputs_without_news_give_no_finding(kind: type[Detector], trace: Trace) -> None:
-    assert diagnose(trace, [kind()]) == []
 
 
 def test_memory_is_bounded_over_many_steps() -> None:

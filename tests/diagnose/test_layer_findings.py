@@ -410,6 +410,12 @@ def test_the_planned_length_says_how_far_small_updates_can_get() -> None:
         assert len(found(look, stuck(), model=facts)) == number
 
 
+def test_a_group_that_a_rate_of_zero_holds_still_makes_no_model_too_slow() -> None:
+    still = {number: {"update_ratio": 0.0, "lr": 0.0} for number in range(4)}
+    (finding,) = found(looking(network(still)), stuck())
+    assert said([finding]) == [("layer_not_training", WARNING, "net.0", 50)]
+
+
 def test_a_warm_up_and_the_end_of_a_schedule_are_not_too_slow() -> None:
     rising = found(lambda s: network(update_ratio=1e-9 * (s + 1), lr=1e-9 * (s + 1)), stuck(), 990)
     assert rising == []

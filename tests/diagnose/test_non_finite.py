@@ -79,9 +79,9 @@ PLACES = [
     (NonFiniteOrigin("weights"), "model", "The weights of the model hold"),
     (NonFiniteOrigin("forward", "rnn", 3, 2), "rnn", "first not finite in `rnn` at step 7"),
     (NonFiniteOrigin("forward", "", 3, 2), "model", "the model's own code outside its modules"),
-    (NonFiniteOrigin("loss"), "loss", "The loss is nan at step 7 although"),
+    (NonFiniteOrigin("loss"), "loss", "The loss is NaN at step 7 although"),
     (NonFiniteOrigin("backward", "rnn", 3, 2), "rnn", "The backward pass is first not finite in"),
-    (NonFiniteOrigin("backward", "", 3, 2), "model", "in the loss, before it reaches a module"),
+    (NonFiniteOrigin("backward", "", 3, 2), "model", "in the loss, before it reaches the model"),
 ]
 
 

@@ -48,6 +48,14 @@ def test_a_flat_run_is_found_and_nothing_else_is_said(name: str) -> None:
         }
 
 
+def test_a_hinge_loss_that_is_solved_is_not_stuck_though_it_is_exactly_zero() -> None:
+    for seed in range(4):
+        rng = random.Random(seed)
+        losses = [max(0.0, math.exp(-i / 50) - 0.1 + rng.gauss(0, 0.05)) for i in range(2000)]
+        assert 0.0 in losses
+        assert stagnation([(loss, 1.0) for loss in losses], 2000) == []
+
+
 @pytest.mark.parametrize(
     ("planned", "patience"),
     [(300, T.stagnation_steps), (2000, 500), (None, T.stagnation_unplanned)],

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import random
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +22,8 @@ from lightning_gradguard.diagnose import (
 )
 from lightning_gradguard.diagnose.time_watch import MAX_PARTS
 from lightning_gradguard.readings import TimeReading
+from tests.diagnose.mixed_runs import parts
 from tests.diagnose.time_runs import (
-    CAUSES,
     Run,
     diagnose,
     reading,
@@ -41,21 +38,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name
 
 def facts(findings: list[Finding]) -> list[tuple[str, str, str, int]]:
     return [(f.pathology.value, f.severity.label, f.where, f.step) for f in findings]
-
-
-def parts(rng: random.Random, modules: int) -> list[TimeReading]:
-    """Readings of some modules, each vanishing, exploding or healthy."""
-    return [
-        reading(
-            rng.choice([-0.9, -0.44, -0.02, 0.0, 0.02, 0.12]) * rng.uniform(0.9, 1.1),
-            module=f"encoder.{i}" if i % 2 else f"rnn{i}",
-            part=rng.choice(["l0", "l1", "l0_reverse"]),
-            kind=rng.choice(list(CAUSES)),
-            decay_error=rng.choice([0.005, 0.02, math.nan]),
-            timesteps=rng.choice([5, 60, 120, 784]),
-        )
-        for i in range(modules)
-    ]
 
 
 def eventful(seed: int, n: int = 500) -> Run:
@@ -81,60 +63,6 @@ def test_eventful_runs_make_both_detectors_speak() -> None:
     assert found == {(p, s) for p in words for s in (Severity.INFO, Severity.WARNING)}
 
 
-READINGS = st.builds(
-    TimeReading,
-    module=st.sampled_from(["", "rnn", "layers.0", "class"]),
-    part=st.sampled_from(["", "l0", "l3_reverse"]),
-    source=st.sampled_from(["exact", "input", "output"]),
-    kind=st.sampled_from(list(CAUSES)),
-    timesteps=st.integers(0, 100_000),
-    decay_rate=st.floats() | st.floats(-5, 5),
-    decay_error=st.floats(),
-    recency=st.floats(),
-    causes=st.dictionaries(st.sampled_from(["forget_gate", "spectral_radius"]), st.floats()),
-)
-ANYTHING = st.lists(
-    st.tuples(
-        st.integers(0, 100), st.none() | st.floats() | st.just(1.0), st.lists(READINGS, max_size=3)
-    ),
-    max_size=60,
-)
-
-
-@every_kind
-@given(steps=ANYTHING)
-def test_any_input_is_survived(
-    kind: type[TimeDetector], steps: list[tuple[int, float | None, list[TimeReading]]]
-) -> None:
-    detector = kind()
-    step = 0
-    for gap, loss, readings in steps:
-        step += gap
-        for finding in detector.observe(Observation(step, loss, 1.0, None, tuple(readings))):
-            assert all(math.isfinite(v) for v in finding.evidence.values())
-            json.dumps(finding.to_dict(), allow_nan=False)
-            for remedy in finding.remedies:
-                compile(remedy.code, "remedy", "exec")
-        assert detector.wants_exact in (True, False)
-    written = json.loads(json.dumps(detector.state_dict()))
-    other = kind()
-    other.load_state_dict(written)
-    assert json.dumps(other.state_dict()) == json.dumps(detector.state_dict())
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000), exponent=st.floats(-12, 12))
-def test_scaling_the_loss_changes_no_finding(
-    kind: type[TimeDetector], seed: int, exponent: float
-) -> None:
-    c = 10.0**exponent
-    steps = eventful(seed)
-    scaled = [replace(s, loss=c * s.loss, total_norm=c * s.total_norm) for s in steps if s.loss]
-    assert len(scaled) == len(steps)
-    assert facts(diagnose(scaled, [kind()])) == facts(diagnose(steps, [kind()]))
-
-
 @every_kind
 @few
 @given(seed=st.integers(0, 10_000))
@@ -156,57 +84,6 @@ def test_modules_do_not_touch_each_other(kind: type[TimeDetector], seed: int) ->
         alone = [replace(s, time=tuple(r for r in s.time if r.module == name)) for s in steps]
         apart += diagnose(alone, [kind()])
     assert sorted(facts(apart)) == sorted(facts(diagnose(steps, [kind()])))
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000))
-def test_the_same_run_gives_the_same_findings(kind: type[TimeDetector], seed: int) -> None:
-    assert diagnose(eventful(seed), [kind()]) == diagnose(eventful(seed), [kind()])
-
-
-@every_kind
-@few
-@given(seed=st.integers(0, 10_000), cut=st.floats(0, 1))
-def test_a_restored_state_continues_identically(
-    kind: type[TimeDetector], seed: int, cut: float
-) -> None:
-    steps = eventful(seed)
-    k = int(cut * len(steps))
-    whole, first, second = kind(), kind(), kind()
-    expected = [(whole.observe(s), whole.wants_exact) for s in steps]
-    found = [(first.observe(s), first.wants_exact) for s in steps[:k]]
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
-    found += [(second.observe(s), second.wants_exact) for s in steps[k:]]
-    assert found == expected
-    assert second.state_dict() == whole.state_dict()
-
-
-@every_kind
-def test_a_state_is_a_copy_that_loads_with_weights_only(kind: type[TimeDetector]) -> None:
-    detector = kind()
-    steps = eventful(3)
-    diagnose(steps[:250], [detector])
-    state = detector.state_dict()
-    written = json.dumps(state)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    assert torch.load(buffer, weights_only=True) == state
-    other = kind()
-    other.load_state_dict(state)
-    diagnose(steps[250:], [detector])
-    diagnose(steps[250:], [other])
-    assert json.dumps(state) == written
-
-
-@every_kind
-def test_reset_forgets_everything(kind: type[TimeDetector]) -> None:
-    detector = kind()
-    diagnose(eventful(1), [detector])
-    detector.reset()
-    assert detector.state_dict() == kind().state_dict()
-    assert diagnose(eventful(2), [detector]) == diagnose(eventful(2), [kind()])
 
 
 def test_memory_is_bounded_over_many_steps_and_modules() -> None:

@@ -270,3 +270,17 @@ def test_two_guards_on_two_optimizers_keep_apart() -> None:
         ("head.weight", "head.bias"),
     ]
     assert [len(guard.history) for guard in guards] == [5, 5]
+
+
+@OPTIMIZERS
+def test_an_inspection_reads_the_update_that_the_cap_has_left(make_optimizer: Any) -> None:
+    cap = UpdateCap(0.01, start_ratio=0.01, min_ratio=0.01, adaptive=False)
+    loop = Loop(make_optimizer, cap=cap)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = 10.0
+    loop.run(make_batches(2 + 2 * DEVICE_DELAY))
+    loop.guard.close()
+    inspection = loop.guard.recorder.inspection
+    assert inspection is not None
+    ratios = [reading.update_ratio for reading in inspection.parameters]
+    assert all(0.0 < ratio < 0.02 for ratio in ratios)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lightning_gradguard.diagnose import Pathology
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.respond import UpdateCap
 
@@ -58,6 +59,33 @@ def test_an_outlier_is_clipped_where_dropping_would_confuse_the_scaler(optimizer
     assert guard.active
     assert guard.history[40].clip_coef < 1e-3
     assert losses[-1] < losses[39]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("bad", "found"), [(24, 0), (25, 1)])
+def test_nan_that_no_scale_can_mend_is_found(fused, bad, found):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    guard = GuardEngine(model, optimizer)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = model(torch.randn(64, 8)).square().mean()
+        if step < bad:
+            loss = loss * math.nan
+        scaler.scale(loss).backward()
+        if not fused:
+            scaler.unscale_(optimizer)
+        guard.before_step(loss, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert guard.active
+    assert guard.counts["skipped_steps"] == bad
+    findings = [f for f in guard.findings if f.pathology is Pathology.NON_FINITE]
+    assert [f.step for f in findings] == [24] * found
+    assert all(f.until == 25 + 15 for f in findings)
 
 
 def test_what_the_cap_holds_back_is_counted():

@@ -298,6 +298,7 @@ def test_a_compiled_part_is_not_called_unused() -> None:
 def test_parameters_that_others_train_and_none() -> None:
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("ours", "theirs", "nobodys")})
     optimizer = torch.optim.SGD(model["ours"].parameters(), lr=0.1)
+    model["theirs"].requires_grad_(False)  # as in every step but their own
 
     def backward() -> None:
         x = torch.randn(3, 2)
@@ -310,6 +311,7 @@ def test_parameters_that_others_train_and_none() -> None:
     nobodys = readings["nobodys.weight"]
     assert math.isnan(theirs.grad_norm)
     assert theirs.used is None
+    assert theirs.requires_grad
     expected = model["nobodys"].weight.grad.norm().item()
     assert nobodys.grad_norm == pytest.approx(expected)
     assert ours.update_ratio > 0
