@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_gradguard.diagnose import by_cause
 from lightning_gradguard.record import action_lines
 
 if TYPE_CHECKING:
@@ -121,15 +122,13 @@ def print_story(runs: Sequence[Run]) -> None:
 
 def print_findings(run: Run) -> None:
     if not run.findings:
-        console.print(
-            "Nothing. What is found so far is what gets worse; whether a run ever learns is not "
-            "yet asked."
-            if run.failed
-            else "Nothing."
-        )
+        console.print("Nothing.")
     advised: set[str] = set()
-    for finding in run.findings[:MAX_LINES]:
-        console.print(f"step {finding.step}, {finding.severity.label}: {escape(finding.message)}")
+    for finding in by_cause(run.findings)[:MAX_LINES]:
+        follows = f", follows from {finding.follows_from}" if finding.follows_from else ""
+        console.print(
+            f"step {finding.step}, {finding.severity.label}{follows}: {escape(finding.message)}"
+        )
         if finding.pathology.value not in advised:  # the same advice once is enough
             advised.add(finding.pathology.value)
             for remedy in finding.remedies:
