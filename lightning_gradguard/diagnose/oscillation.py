@@ -31,6 +31,7 @@ class OscillatingDetector:
     _calm: float
     _calm_share: float
     _best: float
+    _first_mean: float
     _swings: int
     _above: int
     _window: list[float]
@@ -56,6 +57,8 @@ class OscillatingDetector:
         if len(self._window) < self._thresholds.swing_window:
             return []
         window, self._window = self._window, []
+        if self._first_mean == math.inf:
+            self._first_mean = fmean(window[: self._thresholds.block])
         return self._judge(observation.step, window)
 
     def is_open(self, where: str) -> bool:
@@ -70,6 +73,7 @@ class OscillatingDetector:
             "calm": self._calm if self._calm < math.inf else None,
             "calm_share": self._calm_share if self._calm_share < math.inf else None,
             "best": self._best if self._best < math.inf else None,
+            "first_mean": self._first_mean if self._first_mean < math.inf else None,
             "swings": self._swings,
             "above": self._above,
             "window": list(self._window),
@@ -79,9 +83,9 @@ class OscillatingDetector:
         """Restores a state; see `Detector.load_state_dict`."""
         self._progress.load_state_dict(state["progress"])
         self._episode.load_state_dict(state["episode"])
-        self._calm, self._calm_share, self._best = (
+        self._calm, self._calm_share, self._best, self._first_mean = (
             math.inf if state[name] is None else state[name]
-            for name in ("calm", "calm_share", "best")
+            for name in ("calm", "calm_share", "best", "first_mean")
         )
         self._swings = state["swings"]
         self._above = state["above"]
@@ -91,7 +95,7 @@ class OscillatingDetector:
         """Forgets everything."""
         self._progress.reset()
         self._episode.reset()
-        self._calm = self._calm_share = self._best = math.inf
+        self._calm = self._calm_share = self._best = self._first_mean = math.inf
         self._swings = self._above = 0
         self._window = []
 
@@ -110,9 +114,9 @@ class OscillatingDetector:
             if not swings:
                 self._episode.calm(t.swing_window)
             return []
-        # A swing may touch zero each time, and be no better on average than before training.
-        no_better = progress.positive and fmean(window) >= progress.start
-        bad = no_better or progress.is_worse() or progress.is_stuck()
+        # A swing may touch zero each time, and be worse on average than before training.
+        worse = progress.positive and fmean(window) > t.swing_mean * self._first_mean
+        bad = worse or progress.is_worse() or progress.is_stuck()
         severity = Severity.WARNING if bad and lasting >= t.swing_windows else Severity.INFO
         if not self._episode.report(severity):
             return []

@@ -64,6 +64,7 @@ _ABOVE_ZERO = (
     "fast_update",
     "slow_update",
     "runaway_level",
+    "swing_mean",
 )
 # Shares of a run, a loss, units, elements or layers.
 _SHARES = (
@@ -239,9 +240,9 @@ class Thresholds:
     fallen_level: float = 0.75
     """Share of a positive first level below which a loss has fallen. Learning only how frequent
     the classes are takes the cross-entropy of a fresh model down by less than a quarter."""
-    fallen_level_alone: float = 0.95
-    """The same where there is no other symptom either: a click-through rate can be no better
-    predictable than a tenth below its frequency."""
+    fallen_level_alone: float = 0.9
+    """The same where there is no other symptom either. The loss of a click-through rate may be as
+    low as it gets a tenth below that of its frequency, that of a pretrained model likewise."""
     crawl_share: float = 0.2
     """Share of the planned steps after which a loss is expected to have moved."""
     crawl_gain: float = 0.1
@@ -288,6 +289,9 @@ class Thresholds:
     swing_ratio: float = 4.0
     """Spread of the loss in units of its noise that is a swing: independent losses have 1, slow
     waves around a plateau (AR(1), memory 50 steps) up to 3."""
+    swing_mean: float = 1.5
+    """Means of the first block that a window's mean must exceed to be worse than before training.
+    With batches of one the mean of a block is uncertain by a quarter."""
     swing_level: float = 0.1
     """Share of a positive level that swings must span, and by which they must be above the first
     loss where there is no calm stretch to compare them with, and then span half as much."""

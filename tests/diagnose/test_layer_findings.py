@@ -52,12 +52,25 @@ FACTS: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
+AMBIGUOUS = ("detached", "detached, no update", "only without gradients")
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_output_that_the_loss_does_without_is_no_fault(name: str) -> None:
+    """As a pooler, an auxiliary head or a teacher: what comes before it is trained."""
+    look = looking(network({2: FACTS[name][0]}))
+    for loss, severity in ((learning, INFO), (lambda _: None, INFO), (stuck(), WARNING)):
+        assert max(f.severity for f in found(look, loss)) is severity
+
+
 @pytest.mark.parametrize("name", FACTS)
 @pytest.mark.parametrize("loss", [stuck(), learning, lambda _: None], ids=["stuck", "good", "no"])
 def test_a_fact_needs_no_loss(name: str, loss: Loss) -> None:
     odd, step, words = FACTS[name]
-    (finding,) = found(looking(network({2: odd})), loss)
-    assert said([finding]) == [("layer_not_training", WARNING, "net.2", step)]
+    # What cuts a module off cuts off all before it.
+    places = (0, 1, 2) if name in AMBIGUOUS else (2,)
+    (finding,) = found(looking(network(dict.fromkeys(places, odd))), loss)
+    assert said([finding]) == [("layer_not_training", WARNING, f"net.{places[0]}", step)]
     assert finding.fact
     assert finding.certainty == "certain"
     assert finding.since == 0
@@ -65,11 +78,11 @@ def test_a_fact_needs_no_loss(name: str, loss: Loss) -> None:
 
 
 def test_modules_with_one_reason_make_one_finding_at_the_first() -> None:
-    odd = dict.fromkeys((1, 2, 3), FACTS["detached"][0])
+    odd = dict.fromkeys((0, 1, 2), FACTS["detached"][0])
     (finding,) = found(looking(network(odd)), learning)
-    assert finding.where == "net.1"
+    assert finding.where == "net.0"
     assert finding.evidence["modules"] == 3
-    assert "`net.1` and 2 more modules run but get" in finding.message
+    assert "`net.0` and 2 more modules run but get" in finding.message
 
 
 def test_two_reasons_are_two_findings() -> None:

@@ -39,6 +39,22 @@ def warned(findings: list[Finding]) -> int | None:
     return min((f.step for f in findings if f.severity >= Severity.WARNING), default=None)
 
 
+def test_a_loss_that_lost_a_sixth_at_once_may_be_as_low_as_it_gets() -> None:
+    """As that of a click-through rate or a pretrained model: flat from a tenth of the run on."""
+    for seed in range(4):
+        rng = random.Random(seed)
+        fall = [0.69 - 0.09 * min(1.0, t / 100) + rng.gauss(0, 0.01) for t in range(1000)]
+        findings = stagnation([(loss, log_normal(rng, 0.3)) for loss in fall], 1000)
+        assert all(f.severity is Severity.INFO for f in findings)
+
+
+def test_a_loss_that_can_be_below_zero_does_not_tell_what_is_learned() -> None:
+    """A policy's loss stays near zero, however well it does."""
+    rng = random.Random(0)
+    trace = [(rng.gauss(0, 1), log_normal(rng, 0.3)) for _ in range(1000)]
+    assert all(f.severity is Severity.INFO for f in stagnation(trace, 1000))
+
+
 @pytest.mark.parametrize("name", FLAT)
 def test_a_flat_run_is_found_and_nothing_else_is_said(name: str) -> None:
     for seed in range(4):

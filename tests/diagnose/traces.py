@@ -296,9 +296,9 @@ def learned_the_mean(rng: random.Random, n: int, steps: int = 60) -> Trace:
 
 
 def learned_the_frequencies(rng: random.Random, n: int) -> Trace:
-    """A cross-entropy that starts above ln 10 and gets there."""
+    """A cross-entropy that starts a little above ln 10 and gets there."""
     return [
-        (2.303 + 0.5 * math.exp(-t / 20) + rng.gauss(0, 0.03), 0.3 * log_normal(rng, 0.3))
+        (2.303 + 0.2 * math.exp(-t / 20) + rng.gauss(0, 0.03), 0.3 * log_normal(rng, 0.3))
         for t in range(n)
     ]
 
