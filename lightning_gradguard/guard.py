@@ -50,6 +50,8 @@ logger = logging.getLogger("lightning_gradguard")
 # Steps between a decision on the device and its reading on the host: enough for the copy to have
 # arrived on any accelerator, so that the host never waits.
 DEVICE_DELAY = 2
+# Of what `state_dict` holds; another one is not understood.
+STATE_VERSION = 2
 
 
 class GuardEngine(EngineResults):
@@ -454,6 +456,7 @@ class GuardEngine(EngineResults):
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues exactly."""
         return {
+            "version": STATE_VERSION,
             "step": self.step,
             "pipeline": self._pipeline.state_dict(),
             "bound": self._watched.bound.state_dict() if self._watched.bound is not None else None,
@@ -464,8 +467,11 @@ class GuardEngine(EngineResults):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state; from one of another version only the count of steps."""
         self.step = int(state["step"])
+        if state.get("version") != STATE_VERSION:
+            logger.warning("GradGuard starts afresh: the checkpoint is of another version of it.")
+            return
         self._pipeline.load_state_dict(state["pipeline"])
         same = state["tensors"] == len(self._watched.meter.names)
         bound = self._watched.bound if same else None

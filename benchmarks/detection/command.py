@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.detection.cases import failing_cases
+from benchmarks.detection.document import write
 from benchmarks.detection.jobs import (
     DEVELOPMENT,
     HELD_OUT,
@@ -129,6 +130,8 @@ def _measure(options: argparse.Namespace, jobs: list[Job]) -> int:
     _plot(result, path)
     if interrupted:
         return INTERRUPTED
+    if path.name == "detection_cpu.json" and "sweep" in result and options.output == RESULTS:
+        print(write(result))
     return 1 if crashes else 0
 
 

@@ -14,11 +14,23 @@ from benchmarks.detection.peers.simple import LossDidNotFall, NaNOnly
 from benchmarks.detection.scoring import COIN
 from benchmarks.overhead.results import RESULTS, print_table
 
-__all__ = ["RESULTS", "TARGETS", "compact", "print_cases", "print_tables", "write_json"]
+__all__ = [
+    "HEADER",
+    "RESULTS",
+    "TARGETS",
+    "cell",
+    "compact",
+    "plain",
+    "print_cases",
+    "print_tables",
+    "shown_name",
+    "wanted",
+    "write_json",
+]
 
 # What is asked of ours on the held-out side; false alarms per 1,000 healthy steps.
 TARGETS = {"recall": 0.95, "precision": 0.95, "cause": 0.9, "false_alarms": 0.1, "delay": 0.05}
-_HEADER = {
+HEADER = {
     "f1": "F1",
     "precision": "precision",
     "recall": "recall",
@@ -105,15 +117,15 @@ def _print_side(name: str, side: Mapping[str, Any]) -> None:
         f"{runs['healthy_steps']} healthy steps"
     )
     rows = [
-        [detector, *(_cell(column, metrics[column]) for column in _HEADER)]
+        [detector, *(cell(column, metrics[column]) for column in HEADER)]
         for detector, metrics in side["detectors"].items()
     ]
-    rows.append(["wanted", *(_wanted(column) for column in _HEADER)])
+    rows.append(["wanted", *(wanted(column) for column in HEADER)])
     title = (
         "Ours and re-implementations of others, with 95 % intervals; a bootstrap over families "
         "and seeds"
     )
-    print_table(title, ["", *_HEADER.values()], rows)
+    print_table(title, ["", *HEADER.values()], rows)
     if side["features_cost"] is not None:
         share = 100 * side["features_cost"]
         print(
@@ -126,8 +138,8 @@ def _print_side(name: str, side: Mapping[str, Any]) -> None:
             [
                 level,
                 str(rates["findings"]),
-                _plain(rates["in_failing_runs"]),
-                _plain(rates["name_the_cause"]),
+                plain(rates["in_failing_runs"]),
+                plain(rates["name_the_cause"]),
             ]
             for level, rates in side["certainty"].items()
         ],
@@ -137,7 +149,8 @@ def _print_side(name: str, side: Mapping[str, Any]) -> None:
         print("ambiguous: " + ", ".join(f"{k} ({v})" for k, v in ambiguous.items()))
 
 
-def _cell(column: str, estimate: Mapping[str, float | None]) -> str:
+def cell(column: str, estimate: Mapping[str, float | None]) -> str:
+    """A figure as it stands in a table, with its interval where that tells something."""
     value = estimate["value"]
     if value is None:
         return "-"
@@ -150,7 +163,8 @@ def _cell(column: str, estimate: Mapping[str, float | None]) -> str:
     return text
 
 
-def _wanted(column: str) -> str:
+def wanted(column: str) -> str:
+    """What is asked of ours."""
     if column not in TARGETS:
         return ""
     value = 100 * TARGETS[column] if column in _PERCENT else TARGETS[column]
@@ -158,7 +172,8 @@ def _wanted(column: str) -> str:
     return f"{sign} {value:g}"
 
 
-def _plain(value: float | None) -> str:
+def plain(value: float | None) -> str:
+    """A share, or a dash where there is none."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -168,7 +183,7 @@ def _print_sweep(sweep: Mapping[str, Any]) -> None:
         row for row in sweep["changes"] if any(abs(row[name] or 0.0) >= 0.005 for name in watched)
     ]
     changed.sort(key=lambda row: min(row[name] or 0.0 for name in watched))
-    base = ", ".join(f"{name} {_plain(sweep['defaults'].get(name))}" for name in watched)
+    base = ", ".join(f"{name} {plain(sweep['defaults'].get(name))}" for name in watched)
     print(
         f"\nThresholds halved and doubled, {sweep['runs']} development runs ({base}): of "
         f"{len(sweep['changes'])} variations {len(sweep['changes']) - len(changed)} change nothing "
