@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.detection.jobs import HELD_OUT
 from benchmarks.detection.judging import OURS
 from benchmarks.detection.programs import ALL
 from benchmarks.detection.results import HEADER, cell, plain, shown_name, wanted
@@ -43,6 +44,31 @@ it with `benchmarks/results/detection_cpu.json`.
 
 ![F1 of all detectors](../benchmarks/results/detection_cpu.png)
 ![Which cause was named](../benchmarks/results/detection_confusion_cpu.png)
+"""
+
+_WHY = """\
+Why, as far as it was followed up; nothing was changed for it, since the held-out side would then be
+one for development:
+
+- The gate. A loss far above that of guessing falls while the outputs merely shrink
+  (`mlp_sigmoid_normal_10`: from 92 to 18), or fell by four orders within five steps and stays at
+  chance (`cnn_4_normal_1`): both look like progress. A net that learns only the mean of its targets
+  is found once it has stayed there for ten times as long (`adding_200_tanh`: its budget ends
+  before). A regression whose noise leaves 7 % to gain looks like one that learns nothing
+  (`gru_noisy_target`).
+- Names. Under SGD a vanishing gradient makes the updates of the layers differ by orders of
+  magnitude, and that may be found first (`mlp_20_tanh_small`). A learning rate that makes the loss
+  swing is named by the size of its updates (`gru_cyclic_lr`), and its place is the model even where
+  one layer is the culprit (`gru_recurrence_lr_x1000`). The gradient of recurrent weights is a sum
+  over time in float32, in which the traces of half precision are lost (`gru_half_without_scaling`).
+- Places. Where activations are functions and no modules, rows of zero in a gradient tell of dead
+  units, but also of an input that is zero: the layer behind the dead one is named
+  (`cnn_shifted_functional`).
+
+One thing changed after the first look at the held-out side, and no threshold: the runs of this
+benchmark now look again at a step that is not finite, as the callbacks always did, which tells in
+which module a NaN arose. Before, the right place was named in 0.54 of the cases, and all other
+figures were the same.
 """
 
 _SURE = """\
@@ -83,6 +109,7 @@ def page(result: Mapping[str, Any]) -> str:
     parts = [head]
     for name, title in _NAMES.items():
         parts += [f"## {title}\n", _side(result["sides"][name]), _cases(result["cases"][name])]
+        parts += [_WHY] if name == HELD_OUT else []
     parts += [_PEERS, _sweep(result["sweep"]), _programs()]
     return "\n".join(parts)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from benchmarks.detection.features import FeatureReader
 from benchmarks.detection.records import Alarm, Peer, Program, RunResult, Setup
 from lightning_gradguard.diagnose import Finding, Observation
+from lightning_gradguard.dry_run import locate_non_finite
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record import Recorder
 
@@ -112,6 +113,8 @@ class GuardedRun:
                 setup.before_step()
         with clock.part("guard"):
             self.guard.before_step(loss.detach())
+            if self.guard.needs_origin:
+                self._locate(batch)
         in_hook = clock.seconds["guard"]
         with clock.part("run"):
             setup.optimizer.step()
@@ -119,6 +122,14 @@ class GuardedRun:
                 setup.after_step(number)
         clock.seconds["run"] -= clock.seconds["guard"] - in_hook
         return value
+
+    def _locate(self, batch: Any) -> None:
+        """Looks again at a step that is not finite, as the callbacks do."""
+        setup = self.setup
+        origin = locate_non_finite(setup.model, batch, loss=lambda _, again: setup.loss(again))
+        if origin is not None:
+            self.guard.explain(origin)
+        self.guard.discard()
 
     def close(self) -> None:
         """Ends it and takes all hooks off.
