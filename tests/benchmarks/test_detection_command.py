@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.detection import command, jobs
+from benchmarks.detection.jobs import FIRST_SEED
 from benchmarks.detection.programs import ALL
 from benchmarks.detection.records import Program, Setup
 from benchmarks.detection.sensitivity import affordable
@@ -149,7 +150,10 @@ def test_a_crash_loses_no_other_run_and_is_told(programs, folders, tmp_path, cap
 
     result = _read(tmp_path)
     assert result["sides"]["development"]["runs"]["failing"] == 2
-    assert [(c["program"], c["seed"]) for c in result["crashes"]] == [("broken", 0), ("broken", 1)]
+    assert [(c["program"], c["seed"]) for c in result["crashes"]] == [
+        ("broken", FIRST_SEED),
+        ("broken", FIRST_SEED + 1),
+    ]
     assert "RuntimeError: no such device" in capsys.readouterr().out
 
 
@@ -196,7 +200,7 @@ def test_rescoring_goes_by_the_programs_as_they_are_now(programs, folders, capsy
 
     shown = capsys.readouterr().out
     assert "2 failing and 0 healthy runs, 2 ambiguous" in shown
-    assert "line_up (seeds 0, 1); right is saturated, from step 0 of 60" in shown
+    assert "line_up (seeds 2, 3); right is saturated, from step 0 of 60" in shown
 
 
 def test_kept_runs_are_not_trained_again(programs, folders, tmp_path) -> None:

@@ -82,7 +82,7 @@ def test_nothing_is_said_of_a_network_that_keeps_its_gradient() -> None:
     ("rate", "error", "word"),
     [
         (-0.3, 0.01, "reaches"),
-        (-0.3, 0.1, None),
+        (-0.3, 0.2, None),
         (0.1, 0.01, "grows"),
         (0.1, 0.05, None),
         (-0.3, math.nan, "reaches"),

@@ -112,7 +112,10 @@ def fit(root: str, guard: GradGuard, model: Regression, batches: list[Batch]) ->
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
         "optimizer": state["state"],
         "history": [asdict(row) for row in guard.history],
-        "findings": [finding.to_dict() for finding in guard.findings],
+        # What the ranks decide together. Where a NaN arose is for each to say as it sees it.
+        "findings": [
+            [f.pathology.value, f.severity.label, f.step] for f in guard.findings if not f.local
+        ],
         "errors": messages.errors,
         "active": [engine.active for engine in guard.engines],
         "hooks": len(trainer.optimizers[0]._optimizer_step_post_hooks),
@@ -229,7 +232,7 @@ def failing_engine_run(root: str, place: str, optimizer: str) -> dict[str, Any]:
 ENGINE_PLACES = [
     "_watched.meter.measure",
     "_pipeline.ladder.plan",
-    "_pipeline._detectors.0.observe",
+    "_pipeline._diagnosis.detectors.0.observe",
     "recorder.step",
     "_after_step",
 ]
