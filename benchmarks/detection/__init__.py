@@ -9,7 +9,6 @@
 ``judging``      a run and what every detector claimed of it
 ``scoring``      how good each detector was; ``statistics`` how sure that is; ``cases`` what failed
 ``sensitivity``  the same with every threshold halved and doubled
-``workers``      processes, of which one that dies takes nothing else along
 ``results``      tables and JSON; ``plot`` draws them
 ===============  ================================================================================
 """

@@ -29,8 +29,8 @@ from benchmarks.detection.results import RESULTS, compact, print_cases, print_ta
 from benchmarks.detection.scoring import score
 from benchmarks.detection.sensitivity import sweep
 from benchmarks.detection.split import side
-from benchmarks.detection.workers import Crash, in_processes
 from benchmarks.machine import describe_machine
+from benchmarks.workers import Crash, in_processes
 
 SPLITS = {
     "all": (DEVELOPMENT, HELD_OUT),

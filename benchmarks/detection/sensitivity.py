@@ -17,7 +17,7 @@ from benchmarks.detection.judging import AMBIGUOUS, OURS, judge
 from benchmarks.detection.records import RunResult
 from benchmarks.detection.scoring import counted, decide, measure
 from benchmarks.detection.statistics import Bootstrap
-from benchmarks.detection.workers import Crash, in_processes
+from benchmarks.workers import Crash, in_processes
 from lightning_gradguard.diagnose import Thresholds
 
 FACTORS = (0.5, 2.0)

@@ -16,7 +16,7 @@ from benchmarks.detection.programs import ALL
 from benchmarks.detection.records import Program, Setup
 from benchmarks.detection.sensitivity import affordable
 from benchmarks.detection.split import side
-from benchmarks.detection.workers import Crash, in_processes
+from benchmarks.workers import Crash, in_processes
 
 
 def _build(sign: float, seed: int) -> Setup:

@@ -1,0 +1,171 @@
+"""``python -m benchmarks rescue``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from benchmarks.overhead.results import RESULTS
+from benchmarks.rescue.contenders import CONTENDERS, select
+from benchmarks.rescue.document import write
+from benchmarks.rescue.jobs import Kept, fault_jobs, grid_jobs
+from benchmarks.rescue.results import compact, print_tables, write_json
+from benchmarks.rescue.runner import Job, run_job
+from benchmarks.rescue.scoring import score
+from benchmarks.rescue.workloads import WORKLOADS
+from benchmarks.workers import Crash, in_processes
+
+SEEDS = 5
+# The cheapest nets of either kind, a seed, and every second learning rate.
+QUICK_WORKLOADS = ("digits_lstm", "mlp_12", "transformer")
+QUICK_STRIDE = 2
+QUICK_STEPS = 150
+INTERRUPTED = 130  # what a shell reports
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    names = tuple(workload.name for workload in WORKLOADS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--quick", action="store_true", help="few nets, one seed, half the rates: a few minutes"
+    )
+    parser.add_argument("--seeds", type=int, help=f"default {SEEDS}")
+    parser.add_argument("--workloads", nargs="+", choices=names, default=(), metavar="NAME")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=tuple(contender.name for contender in CONTENDERS),
+        default=(),
+        metavar="NAME",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes; 0 runs all in this one")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="folder where results are kept run by run, and taken from if they are there; delete "
+        "the file of a contender that has changed",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, print and write."""
+    _check(options)
+    torch.set_num_threads(1)
+    # One line per tightened cap of thousands of runs would hide all else.
+    logging.getLogger("lightning_gradguard").setLevel(logging.CRITICAL)
+    started = time.perf_counter()
+    with _folder(options.cache) as folder:
+        kept, jobs = Kept(folder), _jobs(options)
+        crashes, interrupted = _do(kept, jobs, options.jobs)
+        results = {job: kept.results[job] for job in jobs if job in kept.results}
+    if not results:
+        sys.exit("no run was finished")
+    result = {
+        "benchmark": "rescue",
+        "machine": describe_machine(options.device),
+        "settings": {
+            "device": options.device,
+            "quick": options.quick,
+            "seeds": _seeds(options),
+            "workloads": list(options.workloads),
+            "contenders": list(options.contenders),
+            "jobs": options.jobs,
+            "seconds": round(time.perf_counter() - started),
+        },
+        "crashes": crashes,
+        **score(results),
+        "runs": compact(results),
+    }
+    print_tables(result)
+    path = write_json(result, options.output)
+    print(f"\n{path}")
+    _plot(result, path)
+    if interrupted:
+        return INTERRUPTED
+    if path.name == "rescue_cpu.json" and options.output == RESULTS:
+        print(write(result))
+    return 1 if crashes else 0
+
+
+def _do(kept: Kept, jobs: Sequence[Job], processes: int) -> tuple[list[str], bool]:
+    """Does what is missing; an interrupt loses only what was under way."""
+    missing, crashes, started = kept.missing(jobs), [], time.perf_counter()
+    results = in_processes(run_job, missing, processes)
+    try:
+        for number, (job, result) in enumerate(results, start=1):
+            if isinstance(result, Crash):
+                crashes.append(f"{job.key}: {result.reason}")
+                print(f"{job.key} crashed", file=sys.stderr)
+            else:
+                kept.add(job, result)
+            if number % 100 == 0 or number == len(missing):
+                left = (time.perf_counter() - started) * (len(missing) - number) / number
+                print(
+                    f"{number}/{len(missing)} runs, about {left / 60:.0f} min left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    except KeyboardInterrupt:
+        return crashes, True
+    finally:
+        getattr(results, "close", lambda: None)()
+    return crashes, False
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    names = options.workloads or (QUICK_WORKLOADS if options.quick else ())
+    workloads = [w for w in WORKLOADS if w.name in names or not names]
+    contenders, seeds = select(options.contenders), _seeds(options)
+    common: dict[str, Any] = {
+        "device": options.device,
+        "steps": QUICK_STEPS if options.quick else 0,
+    }
+    stride = QUICK_STRIDE if options.quick else 1
+    jobs = [
+        *grid_jobs(workloads, contenders, seeds, stride=stride, **common),
+        *fault_jobs(workloads, contenders, seeds, **common),
+    ]
+    return sorted(jobs, key=lambda job: job.seed)
+
+
+def _seeds(options: argparse.Namespace) -> int:
+    return int(options.seeds or (1 if options.quick else SEEDS))
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.seeds is not None and options.seeds < 1:
+        sys.exit(f"--seeds must be at least 1, got {options.seeds}")
+    if options.jobs < 0:
+        sys.exit(f"--jobs must be at least 0, got {options.jobs}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: this torch sees no CUDA device")
+
+
+@contextmanager
+def _folder(cache: Path | None) -> Iterator[Path]:
+    if cache is not None:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    try:
+        from benchmarks.rescue.plot import plot_scores
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    print(plot_scores(result, path.with_suffix(".png")))
