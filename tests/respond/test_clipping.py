@@ -13,7 +13,7 @@ from torch import nn
 from lightning_gradguard.measure import NormMeter
 from lightning_gradguard.respond import AdaptiveClip
 from lightning_gradguard.respond.apply import FusedControls, apply_on_host
-from lightning_gradguard.respond.clipping import clip_coefficient
+from lightning_gradguard.respond.clip_coefficients import clip_coefficient
 from lightning_gradguard.respond.ladder import StepPlan
 from tests.measure.dispatch import OperationLog
 
