@@ -107,7 +107,8 @@ def _in_weights(module: nn.Module) -> NonFiniteOrigin | None:
     """
     for name, parameter in module.named_parameters():
         if not is_finite(parameter, mask=not parameter.requires_grad):
-            return NonFiniteOrigin("weights", clean_name(name).rpartition(".")[0])
+            name = clean_name(name)
+            return NonFiniteOrigin("weights", name.rpartition(".")[0], tensor=name)
     return None
 
 
@@ -138,7 +139,8 @@ class _Search:
             origin = self._watched()
         if origin is None or not self._suspects or not self._batch_is_to_blame():
             return origin
-        return self._described("batch", self._suspects[0][0], slices[0])
+        path = self._suspects[0][0]
+        return self._described("batch", path, slices[0], path)
 
     @contextlib.contextmanager
     def _replay(self) -> Iterator[None]:
@@ -166,11 +168,11 @@ class _Search:
     def _of_forward(self, watch: FirstNonFinite) -> NonFiniteOrigin | None:
         sight = watch.made or watch.passed_on
         if sight is None:
-            return NonFiniteOrigin("loss")
+            return NonFiniteOrigin("loss", tensor="loss")
         if sight.carried:
             return None  # by now it is no more what it was in the step that was not finite
         if watch.made is None:
-            return self._described("forward", "", sight.slices)
+            return self._described("forward", "", sight.slices, "")
         return self._of_sight("forward", sight)
 
     def _of_backward(self, watch: FirstNonFinite, bad: set[int]) -> NonFiniteOrigin:
@@ -178,9 +180,13 @@ class _Search:
             return self._of_sight("backward", watch.backward)
         call = watch.with_bad_weights(bad)
         if call is not None:
-            return NonFiniteOrigin("backward", call.path)
+            named = call.module.named_parameters()
+            name = next(clean_name(name) for name, p in named if id(p) in bad)
+            return NonFiniteOrigin("backward", call.path, tensor=f"gradient of {name}")
         if watch.arrived is not None:
-            return self._described("backward", "", watch.arrived.slices, last=True)
+            call, slices = watch.arrived.call, watch.arrived.slices
+            said = f"gradient of the output of {call.path or 'the model'}"
+            return self._described("backward", "", slices, said, last=True)
         return NonFiniteOrigin("backward")
 
     def _of_sight(self, place: Literal["forward", "backward"], sight: Sight) -> NonFiniteOrigin:
@@ -190,18 +196,20 @@ class _Search:
             timestep = sample = None  # one of the two directions ends at either end
         if sight.call.step is not None:
             timestep = sight.call.step
-        return NonFiniteOrigin(place, sight.call.path, timestep, sample)
+        tensor = "gradient of the input" if back else "output"
+        return NonFiniteOrigin(place, sight.call.path, timestep, sample, tensor)
 
     def _described(
         self,
         place: Literal["batch", "forward", "backward"],
         path: str,
         slices: Slices,
+        tensor: str,
         *,
         last: bool = False,
     ) -> NonFiniteOrigin:
         timestep, sample = slices.first(self._layouts, self._samples, last=last)
-        return NonFiniteOrigin(place, path, timestep, sample)
+        return NonFiniteOrigin(place, path, timestep, sample, tensor)
 
     def _batch_is_to_blame(self) -> bool:
         tensors = [_tensor(value) for _, value in self._suspects]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -139,12 +139,15 @@ class NonFiniteOrigin:
         module: Path of the module; of the batch, the path within it (``"0"``, ``"inputs"``).
         timestep: First position along the time axis that is not finite, where it has one.
         sample: First example of the batch that is not finite, where there is one.
+        tensor: Which tensor, in words: the path within the batch, the name of the parameter,
+            ``"output"``, ``"loss"`` or ``"gradient of ..."``; empty if not known.
     """
 
     place: Literal["batch", "weights", "forward", "loss", "backward"]
     module: str = ""
     timestep: int | None = None
     sample: int | None = None
+    tensor: str = field(default="", repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

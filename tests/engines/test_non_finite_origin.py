@@ -267,11 +267,12 @@ def test_it_is_done_once_in_an_episode_and_a_few_times_in_a_run(
 def test_no_batch_is_kept(tmp_path: Path) -> None:
     class Ask(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            assert guard._origins._current is None
+            assert guard._moments.current is None
+            assert not guard._moments._last
 
     guard = GradGuard()
     trained(tmp_path, batches("forward"), guard, Ask())
-    assert guard._origins._current is None
+    assert guard._moments.current is None
 
 
 class Gathering(Tagger):
