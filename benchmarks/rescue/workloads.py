@@ -167,10 +167,10 @@ WORKLOADS = (
         "adding_50",
         lambda: addition(50, 32),
         lambda: _remembering(2, 1),
-        600,
+        900,
         {"sgd": -2.0, "adamw": -3.0},
         ("adamw", 0.01),
-        development=False,
+        development=True,
     ),
     Workload(
         "mlp_12",

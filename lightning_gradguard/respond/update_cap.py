@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -18,9 +18,13 @@ _MAD_TO_SCALE = 1.4826
 class UpdateCap:
     """Let no tensor move by more than a share of its own norm in one step.
 
-    With ``adaptive``, the share is tightened while updates are large and the loss does not improve
-    beyond its noise, and loosened otherwise. The reasons for the defaults, with the trials that
-    led to them, are in ``docs/default-response.md``.
+    With ``adaptive``, the share follows the loss while most tensors would move by more than the
+    widest share. If the loss gets worse beyond its noise, it is tightened. If it neither improves
+    nor gets worse, either the updates are too large or the run is on a plateau; so smaller ones are
+    tried for two windows, kept if the loss improves, and otherwise taken back. After each trial in
+    vain the next one waits twice as long. In all other cases it is loosened: fast until it is
+    tightened for the first time. The reasons for the defaults, with the trials that led to them,
+    are in ``docs/default-response.md``.
 
     Args:
         max_ratio: The widest share. Default 0.1.
@@ -29,9 +33,14 @@ class UpdateCap:
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
-        tighten: Factor on the share when the loss does not improve. Default 0.8.
+        opening: Factor on the share while it has never been tightened. Default 1.6: a healthy run
+            reaches the widest share in three windows.
+        tighten: Factor on the share while smaller updates are tried. Default 0.4: large enough to
+            show within two windows.
+        retreat: Factor on the share when the loss gets worse. Default 0.5: what a window of too
+            large updates destroys, as dead units, may not come back.
         loosen: Factor on the share otherwise. Default 1.25.
-        confidence: The improvement that counts, in standard errors. Default 2.
+        confidence: The change of the loss that counts, in standard errors. Default 2.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -49,7 +58,9 @@ class UpdateCap:
     min_ratio: float | None = None
     adaptive: bool = True
     window: int = 25
-    tighten: float = 0.8
+    opening: float = 1.6
+    tighten: float = 0.4
+    retreat: float = 0.5
     loosen: float = 1.25
     confidence: float = 2.0
 
@@ -61,7 +72,9 @@ class UpdateCap:
             check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.first_ratio)
         check_type("adaptive", self.adaptive, bool, "True or False")
         check_number("window", self.window, at_least=2, integer=True)
+        check_number("opening", self.opening, above=1.0)
         check_number("tighten", self.tighten, above=0.0, below=1.0)
+        check_number("retreat", self.retreat, above=0.0, below=1.0)
         check_number("loosen", self.loosen, above=1.0)
         check_number("confidence", self.confidence, at_least=0.0)
 
@@ -77,10 +90,20 @@ class UpdateCap:
             return min(self.max_ratio / 30, self.first_ratio)
         return self.min_ratio
 
-    @property
-    def large_ratio(self) -> float:
-        """What counts as a large update: half the widest share."""
-        return 0.5 * self.max_ratio
+
+@dataclass(frozen=True)
+class Trial:
+    """Whether smaller updates help.
+
+    Args:
+        before: The share before it.
+        losses: Those of the window before it.
+        windows: How many are left.
+    """
+
+    before: float
+    losses: list[float]
+    windows: int
 
 
 class RatioSchedule:
@@ -89,6 +112,10 @@ class RatioSchedule:
     Plain values in and out, so that every rank that sees the same losses holds the same cap. Only
     differences of losses against their own spread decide: scaling or shifting the loss changes
     nothing.
+
+    Attributes:
+        ratio: The cap.
+        trial: The trial under way, if there is one.
     """
 
     # Of the tensors, over a window: an ordinary learning rate makes few updates large, and then
@@ -97,21 +124,31 @@ class RatioSchedule:
     # Windows stop growing here, which bounds the memory.
     _LONGEST = 500
     _SHARE_OF_RUN = 16
+    # The first window under a smaller cap still holds losses from before it.
+    _TRIAL_WINDOWS = 2
+    _MOST_PATIENCE = 16
+    # Patience after two trials in vain: from then on it is a plateau, whatever else it may be.
+    _TRIED_TWICE = 2
 
     def __init__(self, settings: UpdateCap) -> None:
         self.settings = settings
         self.ratio = settings.first_ratio if settings.adaptive else settings.max_ratio
+        self.trial: Trial | None = None
         self._before: list[float] = []
         self._now: list[float] = []
         self._large = 0.0
         self._steps = 0
+        self._opening = True
+        self._patience = 1  # windows without a change of the loss before the next trial
+        self._unchanged = 0
 
     def advance(self, loss: float | None, large_share: float) -> float:
         """Account for one step; returns the factor by which the cap changed (1.0 for none).
 
         Args:
             loss: Loss of the step, if known.
-            large_share: Share of tensors whose update would have been large, in [0, 1].
+            large_share: Share of tensors whose update would have been beyond the widest share, in
+                [0, 1].
         """
         if not self.settings.adaptive or loss is None:
             return 1.0
@@ -122,38 +159,96 @@ class RatioSchedule:
             return 1.0
         old = self.ratio
         if self._before:
-            self.ratio = self._adapted(self._large / len(self._now))
+            self._adapt(self._large / len(self._now))
         self._before, self._now, self._large = self._now, [], 0.0
         return self.ratio / old
+
+    def retreat(self) -> None:
+        """Tighten as if the loss had got worse, and compare only losses that come from now on."""
+        if self.settings.adaptive:
+            self._retreat()
+        self._before, self._now, self._large = [], [], 0.0
 
     @property
     def _window(self) -> int:
         grown = min(self._steps // self._SHARE_OF_RUN, self._LONGEST)
         return max(self.settings.window, grown)
 
-    def _adapted(self, large_share: float) -> float:
-        settings = self.settings
-        if large_share > self._MANY and not _improved(self._before, self._now, settings.confidence):
-            return max(self.ratio * settings.tighten, settings.least_ratio)
-        return min(self.ratio * settings.loosen, settings.max_ratio)
+    def _adapt(self, large_share: float) -> None:
+        confidence = self.settings.confidence
+        if large_share <= self._MANY:
+            self.trial, self._unchanged = None, 0
+            self._loosen()
+        elif not math.isfinite(median(self._now)):
+            self._retreat()
+        elif self.trial is not None:
+            self._judge(self.trial)
+        elif _improved(self._now, self._before, confidence):
+            self._retreat()
+        elif _improved(self._before, self._now, confidence):
+            self._unchanged = 0
+            self._loosen()
+        else:
+            self._wait()
+
+    def _wait(self) -> None:
+        """The loss does not change: what is tried depends on how long."""
+        self._unchanged += 1
+        if self._unchanged >= self._patience:
+            self.trial = Trial(self.ratio, self._now, self._TRIAL_WINDOWS)
+            self._tighten(self.settings.tighten)
+        elif self._opening or self._patience > self._TRIED_TWICE:
+            self._loosen()
+
+    def _judge(self, trial: Trial) -> None:
+        """Keep a smaller share that helps, and take back one that does not."""
+        if _improved(trial.losses, self._now, self.settings.confidence):
+            self.trial, self._unchanged, self._patience = None, 0, 1
+        elif trial.windows > 1:
+            self.trial = replace(trial, windows=trial.windows - 1)
+        else:
+            self.trial, self._unchanged = None, 0
+            self._patience = min(2 * self._patience, self._MOST_PATIENCE)
+            self.ratio = trial.before  # large updates are not what keeps the loss where it is
+            self._loosen()
+
+    def _retreat(self) -> None:
+        self.trial, self._unchanged = None, 0
+        self._tighten(self.settings.retreat)
+
+    def _tighten(self, factor: float) -> None:
+        self._opening = False
+        self.ratio = max(self.ratio * factor, self.settings.least_ratio)
+
+    def _loosen(self) -> None:
+        factor = self.settings.opening if self._opening else self.settings.loosen
+        self.ratio = min(self.ratio * factor, self.settings.max_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""
         return {
             "ratio": self.ratio,
+            "trial": None if self.trial is None else asdict(self.trial),
             "before": list(self._before),
             "now": list(self._now),
             "large": self._large,
             "steps": self._steps,
+            "opening": self._opening,
+            "patience": self._patience,
+            "unchanged": self._unchanged,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self.ratio = float(state["ratio"])
+        self.trial = None if state["trial"] is None else Trial(**state["trial"])
         self._before = [float(loss) for loss in state["before"]]
         self._now = [float(loss) for loss in state["now"]]
         self._large = float(state["large"])
         self._steps = int(state["steps"])
+        self._opening = bool(state["opening"])
+        self._patience = int(state["patience"])
+        self._unchanged = int(state["unchanged"])
 
 
 def _improved(before: list[float], now: list[float], confidence: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given, settings
@@ -96,3 +97,51 @@ def test_a_loss_that_falls_loosens_it_to_the_end() -> None:
     assert result[-1] == CAP.max_ratio
     assert result == sorted(result)
     assert result[0] == CAP.first_ratio
+
+
+def window(loss: float, spread: float = 0.1) -> list[tuple[float, float]]:
+    """Losses of one window around ``loss``, with large updates."""
+    return [(loss + spread * (step % 2), 1.0) for step in range(CAP.window)]
+
+
+def test_it_opens_fast_until_it_is_tightened_for_the_first_time() -> None:
+    cap = replace(CAP, max_ratio=10.0, start_ratio=0.1)
+    falling = [step for loss in (9.0, 8.0, 7.0) for step in window(loss)]
+    assert ratios(falling, cap)[-1] == 0.1 * cap.opening**2
+    worse, falls_again = window(8.0), window(6.0)
+    result = ratios([*falling, *worse, *falls_again], cap)
+    assert math.isclose(result[-1], 0.1 * cap.opening**2 * cap.retreat * cap.loosen)
+
+
+def test_it_retreats_from_a_loss_that_gets_worse() -> None:
+    assert ratios([*window(5.0), *window(9.0)])[-1] == CAP.first_ratio * CAP.retreat
+
+
+def test_it_tries_smaller_updates_on_a_plateau_and_keeps_what_helps() -> None:
+    tried = [*window(5.0), *window(5.0)]
+    assert ratios(tried)[-1] == CAP.first_ratio * CAP.tighten
+    helped = ratios([*tried, *window(4.0)])
+    assert helped[-1] == CAP.first_ratio * CAP.tighten
+    assert ratios([*tried, *window(4.0), *window(3.0)])[-1] == helped[-1] * CAP.loosen
+
+
+def test_what_does_not_help_is_taken_back_and_tried_again_ever_more_rarely() -> None:
+    cap = replace(CAP, window=40, start_ratio=CAP.max_ratio)  # too long a window to grow
+    flat = [(5.0 + 0.1 * (step % 2), 1.0) for step in range(15 * cap.window)]
+    by_window = ratios(flat, cap)[cap.window - 1 :: cap.window]
+    tight = [n for n, ratio in enumerate(by_window) if ratio < cap.max_ratio]
+    assert tight == [1, 2, 5, 6, 11, 12]  # two windows of trial; one, two, four, ... of patience
+
+
+def test_a_plateau_after_a_retreat_is_left_at_the_widest_share() -> None:
+    assert ratios([*window(5.0), *window(9.0) * 100])[-1] == CAP.max_ratio
+
+
+def test_after_a_rollback_it_is_tightened_and_compares_later_losses_only() -> None:
+    schedule = RatioSchedule(CAP)
+    for loss, share in window(5.0):
+        schedule.advance(loss, share)
+    schedule.retreat()
+    assert schedule.ratio == CAP.first_ratio * CAP.retreat
+    for loss, share in window(9.0):  # what was before is forgotten
+        assert schedule.advance(loss, share) == 1.0
