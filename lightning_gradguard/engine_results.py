@@ -41,7 +41,7 @@ class EngineResults:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Running counts: steps; skipped, clipped and capped ones; findings."""
+        """Running counts: steps; skipped, clipped and capped ones; findings; rollbacks."""
         return self._pipeline.counts
 
     @property

@@ -32,14 +32,23 @@ from lightning_gradguard.readings import NonFiniteOrigin
 from lightning_gradguard.record import Recorder
 from lightning_gradguard.respond import (
     AdaptiveClip,
+    ClipStrategy,
+    LayerBoost,
     LearningRateBackoff,
     SkipBadSteps,
     UpdateCap,
+    VanishingRegularizer,
+    WeightRollback,
 )
 from lightning_gradguard.respond.agreement import Agreement
 from lightning_gradguard.respond.apply import FusedControls, apply_on_host, runs_fused
+from lightning_gradguard.respond.clip_thresholds import strategy_of
+from lightning_gradguard.respond.clippers import GradientClipper
+from lightning_gradguard.respond.clipping import check_clip
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import ScaledLearningRate
+from lightning_gradguard.respond.vanishing_response import VanishingResponse
+from lightning_gradguard.respond.weight_keeper import WeightKeeper
 from lightning_gradguard.samplers import Samplers
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules
 from lightning_gradguard.steps import Step
@@ -51,7 +60,7 @@ logger = logging.getLogger("lightning_gradguard")
 # arrived on any accelerator, so that the host never waits.
 DEVICE_DELAY = 2
 # Of what `state_dict` holds; another one is not understood.
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class GuardEngine(EngineResults):
@@ -61,10 +70,15 @@ class GuardEngine(EngineResults):
         model: The module whose parameter names appear in findings.
         optimizer: The optimizer that steps. Only its parameters are measured.
         mode: ``"protect"``, or ``"observe"`` to measure and find without ever changing a bit.
-        clip: Adaptive clipping, or ``None`` for none.
+        clip: How gradients are clipped: adaptively by default, or ``None`` for not at all.
         cap: Cap on relative updates, or ``None`` for none.
         skip: Skipping of bad steps, or ``None`` for none.
         backoff: Learning-rate back-off, or ``None`` for none.
+        vanishing: Regularizer that keeps the gradient through time from vanishing; default none.
+        boost: Larger updates for layers that a gradient which vanishes through depth leaves behind;
+            default none.
+        rollback: Going back to earlier weights, or ``None`` for none. Copies are not part of
+            :meth:`state_dict`: a resumed run makes its first one on its first healthy step.
         timesteps: Modules whose gradient is measured through time: ``"auto"`` for all recurrent
             ones and attention encoders; names or patterns; names with the time axis of the output,
             for modules of other types; ``None`` for none.
@@ -106,10 +120,13 @@ class GuardEngine(EngineResults):
         optimizer: Optimizer,
         *,
         mode: str = "protect",
-        clip: AdaptiveClip | None = AdaptiveClip(),
+        clip: ClipStrategy | None = AdaptiveClip(),
         cap: UpdateCap | None = UpdateCap(),
         skip: SkipBadSteps | None = SkipBadSteps(),
         backoff: LearningRateBackoff | None = LearningRateBackoff(),
+        vanishing: VanishingRegularizer | None = None,
+        boost: LayerBoost | None = None,
+        rollback: WeightRollback | None = WeightRollback(),
         timesteps: TimeModules | None = "auto",
         exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
         thresholds: Thresholds | None = None,
@@ -122,11 +139,14 @@ class GuardEngine(EngineResults):
         check_type("model", model, nn.Module, "a torch.nn.Module")
         check_type("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         check_choice("mode", mode, ("protect", "observe"))
+        check_clip(clip)
         for name, value, kind in (
-            ("clip", clip, AdaptiveClip),
             ("cap", cap, UpdateCap),
             ("skip", skip, SkipBadSteps),
             ("backoff", backoff, LearningRateBackoff),
+            ("vanishing", vanishing, VanishingRegularizer),
+            ("boost", boost, LayerBoost),
+            ("rollback", rollback, WeightRollback),
             ("thresholds", thresholds, Thresholds),
             ("recorder", recorder, Recorder),
         ):
@@ -140,6 +160,8 @@ class GuardEngine(EngineResults):
                 "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
                 "several times inside one step and cannot be guarded"
             )
+        if vanishing is not None:
+            vanishing.check(model)
         protecting = mode == "protect"
         self.mode = mode
         self.active = True
@@ -148,7 +170,7 @@ class GuardEngine(EngineResults):
         self.recorder = recorder if recorder is not None else Recorder()
         self._model = model
         self._optimizer = optimizer
-        self._cap = cap if protecting else None
+        self._cap, self._clip = (cap, clip) if protecting else (None, None)
         self._rate = ScaledLearningRate(optimizer)
         self._fused = runs_fused(optimizer)
         self._controls = FusedControls(optimizer)
@@ -158,10 +180,13 @@ class GuardEngine(EngineResults):
         self._agreement = Agreement(
             enabled=protecting or self._sharded, delay=DEVICE_DELAY if self._fused else 0
         )
-        ladder = Ladder(LadderSettings(clip, cap, skip, backoff)) if protecting else None
+        ladder = Ladder(LadderSettings(clip, cap, skip, backoff, rollback)) if protecting else None
         self._pipeline = Pipeline(ladder, thresholds, self.recorder)
-        self._planned_steps, self._precision = planned_steps, precision
-        self._optimizers = optimizers
+        self._planned_steps, self._precision, self._optimizers = (
+            planned_steps,
+            precision,
+            optimizers,
+        )
         self._samplers = Samplers(
             model,
             optimizer,
@@ -169,6 +194,15 @@ class GuardEngine(EngineResults):
             exact_every_n_steps,
             trained_elsewhere,
             delay=DEVICE_DELAY if self._fused else 0,
+            silent=self.recorder.silent,
+        )
+        self._keeper = self._make_keeper(rollback) if protecting else None
+        # Found by this rank and unknown to the others; whether weights were just put back.
+        self._broken, self._put_back_now, self._owed_holds = False, False, 0
+        self._vanishing = VanishingResponse(
+            model,
+            vanishing if protecting else None,
+            boost if protecting else None,
             silent=self.recorder.silent,
         )
         self._current: Step | None = None
@@ -183,6 +217,19 @@ class GuardEngine(EngineResults):
         ``False`` for a fused optimizer: its steps are dropped on the device, unknown to the host.
         """
         return self._current is not None and self._current.dropped
+
+    @property
+    def owes_hold(self) -> bool:
+        """Whether a step was dropped while its schedule advanced, as it was known too late.
+
+        The schedule is then to be held back at a later step instead, once for each such step:
+        :meth:`settle_hold` says that it was.
+        """
+        return self._owed_holds > 0
+
+    def settle_hold(self) -> None:
+        """The schedule is held back at the coming step, for one that was dropped."""
+        self._owed_holds = max(0, self._owed_holds - 1)
 
     # -- around each step ------------------------------------------------------------------------
 
@@ -229,14 +276,17 @@ class GuardEngine(EngineResults):
     def pause(self) -> None:
         """Do not watch forward and backward passes until :meth:`resume`."""
         self._samplers.pause()
+        self._vanishing.pause()
 
     def resume(self) -> None:
         """Watch them again."""
         self._samplers.resume()
+        self._vanishing.resume()
 
     def discard(self) -> None:
         """Forget what forward and backward passes since the last step have shown."""
         self._samplers.discard()
+        self._vanishing.discard()
 
     @property
     def watched_in_time(self) -> tuple[str, ...]:
@@ -249,6 +299,8 @@ class GuardEngine(EngineResults):
         Of sharded tensors, gradients and weights are measured by all ranks together.
         """
         norms = self._watched.meter.measure() if self._sharded else None
+        if norms is not None and self._watched.clipper is not None:
+            self._watched.clipper.signal(norms)
         self._agreement.send_failure(self._watched.failure())
         if norms is not None and self._watched.bound is not None:
             self._watched.bound.signal(norms)
@@ -261,16 +313,24 @@ class GuardEngine(EngineResults):
         if not self._watched.current:
             self._watch_parameters()
             self._samplers.follow()
-        norms = self._watched.meter.measure()
         scale = scaler.get_scale() if scaler is not None else 1.0
         unscaled = scaler is None or not self._fused  # else inside the kernel
+        self._vanishing.add_gradient(self.step, 1.0 if unscaled else scale)
+        norms = self._watched.meter.measure()
         if not unscaled:
             norms = replace(norms, values=norms.values / scale, total=norms.total / scale)
-        head = self._agreement.reach(self._watched.head(norms.total, loss))
+        broken, self._broken = self._broken, False
+        clipper, kept = self._watched.clipper, scale if not unscaled else 1.0
+        clips = clipper.signal(norms, kept) if clipper is not None else None
+        head = self._agreement.reach(
+            self._watched.head(norms.total, loss, broken=broken, signal=clips)
+        )
         if not any(norms.present):
             return
         self.last_norms = norms
         seen = self._samplers.before_step(self.step, norms, scale, unscaled=unscaled)
+        if self._put_back_now:  # a level that the weights have left is not held against these
+            self._put_back_now, seen = False, replace(seen, new_phase=True)
         outcome = Outcome(
             self.step,
             self._pipeline.plan,
@@ -279,19 +339,26 @@ class GuardEngine(EngineResults):
         )
         self.step += 1
         self._current = step = Step(outcome, lambda: norms.parameters, self._watched.bound, seen)
+        step.clipper, step.clip_size = clipper, 0 if clipper is None else clipper.size
         signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
         act = self._act_on_device if self._fused and scaler is None else self._act_on_host
         coefficient, early = act(
             step, head if signal is None else torch.cat([head, signal.to(head)])
         )
+        if clipper is not None:  # for the cap, which is on each tensor
+            coefficient = clipper.factors
+        if self.active and self._keeper is not None:
+            self._copy_weights(self._keeper, step)
         if self.active and self._pipeline.ladder is not None and not step.dropped:
+            self._vanishing.before_step(inspecting=self._samplers.inspecting)
             self._rate.apply(outcome.plan.lr_scale)
             if self._watched.bound is not None:
                 self._watched.bound.before_step(outcome.plan.max_ratio, coefficient, early)
 
     def _act_on_host(self, step: Step, values: Tensor) -> tuple[float, list[float]]:
         """Decide from values read now: the one host read of a healthy step."""
-        total, loss, failed, *signal = values.tolist()
+        total, loss, broken, failed, *signal = values.tolist()
+        clips, signal = signal[: step.clip_size], signal[step.clip_size :]
         coefficient = 1.0
         if failed > 0:
             self._agreement.learn_of_failure()
@@ -303,14 +370,20 @@ class GuardEngine(EngineResults):
             plan = step.outcome.plan
             if self._fused:  # its scaler has yet to look at the gradients, and they must be there
                 plan = replace(plan, may_skip=False)
-            coefficient = apply_on_host(plan, total, self._watched.meter.parameters)
-        step.outcome = step.outcome.seen(total, loss, coefficient)
+            coefficient = apply_on_host(
+                plan, total, self._watched.meter.parameters, step.clipper, clips
+            )
+        step.outcome = replace(
+            step.outcome.seen(total, loss, coefficient, step.segment_norms(clips)),
+            weights_broken=broken > 0,
+        )
         return coefficient, signal
 
     def _act_on_device(self, step: Step, values: Tensor) -> tuple[Tensor, list[float]]:
         """Decide on the device; the host reads of it ``DEVICE_DELAY`` steps later."""
         if self._pipeline.ladder is not None:
-            coefficient = self._controls.apply(step.outcome.plan, values[0])
+            clips = values[4 : 4 + step.clip_size] if step.clip_size else None
+            coefficient = self._controls.apply(step.outcome.plan, values[0], step.clipper, clips)
         else:
             coefficient = self._watched.one
         step.on_device = (coefficient.view(1).to(values), values)
@@ -329,6 +402,8 @@ class GuardEngine(EngineResults):
         large: int | Tensor = 0
         if self._watched.bound is not None and not step.dropped:
             capped, large = self._watched.bound.after_step(), self._watched.bound.large
+        if not step.dropped:
+            self._vanishing.after_step(step.outcome.plan.max_ratio)
         # Only now, as the cap takes back a part of what the optimizer has done.
         inspection = self._samplers.after_step(step.outcome.number, step.left_out)
         if inspection is not None:
@@ -352,22 +427,80 @@ class GuardEngine(EngineResults):
 
     def _take_late(self, step: Step, values: list[float]) -> None:
         """Account for a step that was decided on the device some steps ago."""
-        capped, large, coefficient, total, loss, failed, *signal = values
+        capped, large, coefficient, total, loss, broken, failed, *signal = values
+        clips, signal = signal[: step.clip_size], signal[step.clip_size :]
+        if step.clipper is not self._watched.clipper:
+            step.clipper = None
         if step.bound is self._watched.bound:  # else a group was added since
             self._late_signal = signal
         if failed > 0:
             self._agreement.learn_of_failure()
             self._turn_off("the guard failed on another rank")
             return
-        outcome = step.outcome.seen(total, loss, coefficient)
+        outcome = step.outcome.seen(total, loss, coefficient, step.segment_norms(clips))
         if capped or large:
             outcome = replace(outcome, capped=int(capped), large=int(large))
-        self._take(step, outcome)
+        self._owed_holds += coefficient == 0.0
+        self._take(step, replace(outcome, weights_broken=broken > 0))
 
     def _take(self, step: Step, outcome: Outcome) -> None:
+        if self._keeper is not None:
+            outcome = self._look_at_weights(self._keeper, outcome)
+            self._pipeline.restorable = self._keeper.step
         self._pipeline.take(outcome, step.norms, step.seen)
         if self._pipeline.wants_exact:
             self._samplers.want_exact(outcome.number)
+        known = self.recorder.findings, step.seen.inspection
+        for action in self._vanishing.observe(self.step, *known):
+            self.recorder.action(action)
+        ladder = self._pipeline.ladder
+        if self._keeper is not None and ladder is not None and ladder.puts_back:
+            self._put_back(self._keeper, ladder)
+
+    # -- earlier weights -------------------------------------------------------------------------
+
+    def _make_keeper(self, rollback: WeightRollback | None) -> WeightKeeper | None:
+        if rollback is None:
+            return None
+        alone, silent = self._agreement.alone, self.recorder.silent
+        return WeightKeeper(self._model, self._optimizer, rollback, alone=alone, silent=silent)
+
+    def _copy_weights(self, keeper: WeightKeeper, step: Step) -> None:
+        """Before the update, if a copy is due and the step is not known to be a bad one."""
+        number = step.outcome.number
+        known = step.on_device is None
+        if known and number > 0 and not step.outcome.finite:
+            return
+        if keeper.active and self._pipeline.copy_due(number, keeper.newest):
+            keeper.take(number)
+
+    def _look_at_weights(self, keeper: WeightKeeper, outcome: Outcome) -> Outcome:
+        """Say with the outcome whether weights were found not to be finite.
+
+        With several ranks each tells the others what it found at its next step, and all of them
+        take it in with that one.
+        """
+        ladder = self._pipeline.ladder
+        if ladder is None or ladder.rollback is None:
+            return outcome
+        look = ladder.rollback.looks(finite=outcome.finite)
+        damaged = keeper.finds_damage(outcome.number, look=look)
+        if not self._agreement.alone:
+            self._broken |= damaged
+            return outcome
+        return replace(outcome, weights_broken=True) if damaged else outcome
+
+    def _put_back(self, keeper: WeightKeeper, ladder: Ladder) -> None:
+        """Put earlier weights back, and forget what is known of those that are gone."""
+        keeper.restore()
+        ladder.puts_back = False
+        if ladder.rollback is not None:
+            ladder.rollback.resume_at(self.step)
+        self._watched.renew_bound()
+        self._controls.renew()
+        self._late_signal = []
+        self._broken = False
+        self._put_back_now = True
 
     def _abandon(self) -> None:
         """A step that was announced but never reached its update.
@@ -384,9 +517,12 @@ class GuardEngine(EngineResults):
 
     def _watch_parameters(self) -> None:
         self._watched = WatchedParameters(
-            self._model, self._optimizer, self._cap, on_device=self._fused
+            self._model, self._optimizer, self._cap, on_device=self._fused, clip=self._clip
         )
+        if self._pipeline.ladder is not None and self._pipeline.ladder.clip is not None:
+            self._pipeline.ladder.clip.follow(self._watched.segments)
         self._pipeline.tensors = len(self._watched.meter.parameters)
+        self._vanishing.follow(self._watched.meter.names, self._watched.meter.parameters)
         self._pipeline.model = replace(
             model_facts(self._model, self._optimizer),
             precision=self._precision,
@@ -431,10 +567,11 @@ class GuardEngine(EngineResults):
     def abort(self) -> None:
         """Take everything off the optimizer at once, whatever state the guard is in."""
         self.active = False
-        self._current = None
+        self._current = self._keeper = None
         self._release()
         self._hook.remove()
         self._samplers.close()
+        self._vanishing.close()
         if not self._sharded:
             self._watched.bound = (
                 None  # it may hold copies of weights, which the run may need room for
@@ -463,8 +600,26 @@ class GuardEngine(EngineResults):
             "late_signal": list(self._late_signal),
             "late": [step.to_dict(values) for step, values in self._late.drain()],
             "tensors": len(self._watched.meter.names),
+            "clipper": self._clipper_state(),
+            "put_back_now": self._put_back_now,
+            "owed_holds": self._owed_holds,
             "samplers": self._samplers.state_dict(),
+            "vanishing": self._vanishing.state_dict(),
         }
+
+    def _clipper_state(self) -> dict[str, Any] | None:
+        clipper = self._watched.clipper
+        if clipper is None:
+            return None
+        return {"strategy": strategy_of(self._clip), **clipper.state_dict()}
+
+    def _load_clipper(self, state: Mapping[str, Any] | None) -> GradientClipper | None:
+        """The clipper, if it is of the strategy that was saved, going on from there."""
+        clipper = self._watched.clipper
+        if clipper is None or state is None or state["strategy"] != strategy_of(self._clip):
+            return None
+        clipper.load_state_dict(state)
+        return clipper
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; from one of another version only the count of steps."""
@@ -475,8 +630,12 @@ class GuardEngine(EngineResults):
         self._pipeline.load_state_dict(state["pipeline"])
         same = state["tensors"] == len(self._watched.meter.names)
         bound = self._watched.bound if same else None
-        self._late.refill([Step.from_dict(entry, bound) for entry in state["late"]])
+        clipper = self._load_clipper(state.get("clipper")) if same else None
+        self._late.refill([Step.from_dict(entry, bound, clipper) for entry in state["late"]])
         self._late_signal = list(state["late_signal"]) if same else []
+        self._put_back_now = bool(state.get("put_back_now", False))
+        self._owed_holds = int(state.get("owed_holds", 0))
         if bound is not None and state["bound"] is not None:
             bound.load_state_dict(state["bound"])
         self._samplers.load_state_dict(state["samplers"], self.step)
+        self._vanishing.load_state_dict(state.get("vanishing", {}), self.step)

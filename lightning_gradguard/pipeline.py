@@ -15,13 +15,16 @@ from lightning_gradguard.diagnose import (
     Finding,
     Observation,
     Thresholds,
+    by_cause,
     default_detectors,
     layer_detectors,
     time_detectors,
 )
 from lightning_gradguard.readings import ModelFacts, Seen
 from lightning_gradguard.record import Recorder, StepRecord
+from lightning_gradguard.respond import ActionKind
 from lightning_gradguard.respond.ladder import Ladder, StepPlan
+from lightning_gradguard.respond.rollback import do_damage
 
 _NOTHING = Seen()
 # Steps in a row that a gradient scaler drops while it looks for its scale. It starts at 2^16 and
@@ -42,6 +45,8 @@ class Outcome:
         capped: Tensors that were held back by the cap.
         large: Tensors whose update would have been large without it.
         left_to_scaler: Whether a gradient scaler is in charge of steps that are not finite.
+        segment_norms: Norm of each segment that is clipped by itself, before clipping.
+        weights_broken: Whether NaN or Inf was found in the weights.
     """
 
     number: int
@@ -52,20 +57,42 @@ class Outcome:
     capped: int = 0
     large: int = 0
     left_to_scaler: bool = False
+    segment_norms: tuple[float, ...] = ()
+    weights_broken: bool = False
 
-    def seen(self, total_norm: float, loss: float, coefficient: float) -> Outcome:
+    @property
+    def finite(self) -> bool:
+        """Whether gradient norm and loss are, as far as they are known."""
+        known = self.loss is None or math.isfinite(self.loss)
+        return known and math.isfinite(self.total_norm)
+
+    def seen(
+        self,
+        total_norm: float,
+        loss: float,
+        coefficient: float,
+        segment_norms: tuple[float, ...] = (),
+    ) -> Outcome:
         """The same step with what was read; a loss that was never given stays unknown."""
-        known = None if self.loss is None else loss
-        return replace(self, total_norm=total_norm, loss=known, coefficient=coefficient)
+        return replace(
+            self,
+            total_norm=total_norm,
+            loss=None if self.loss is None else loss,
+            coefficient=coefficient,
+            segment_norms=segment_norms,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        norms = list(self.segment_norms)
+        return {**asdict(self), "plan": self.plan.to_dict(), "segment_norms": norms}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
         """The inverse of :meth:`to_dict`."""
-        return cls(**{**values, "plan": StepPlan(**values["plan"])})
+        norms = tuple(values.get("segment_norms", ()))
+        plan = StepPlan.from_dict(values["plan"])
+        return cls(**{**values, "plan": plan, "segment_norms": norms})
 
 
 class Pipeline:
@@ -79,6 +106,7 @@ class Pipeline:
     Attributes:
         tensors: How many tensors the optimizer updates.
         model: What is known about the model, by which remedies are chosen.
+        restorable: Step to which weights can be put back; ``None`` if to none.
         wants_exact: Whether an exact measurement through time would help to explain what goes on.
     """
 
@@ -92,6 +120,7 @@ class Pipeline:
         self.recorder = recorder
         self.tensors = 1
         self.model = ModelFacts()
+        self.restorable: int | None = None
         self.wants_exact = False
         self._scaler_skips = 0
         self._time_detectors = time_detectors(thresholds)
@@ -99,7 +128,7 @@ class Pipeline:
             default_detectors(thresholds), [*layer_detectors(thresholds), *self._time_detectors]
         )
         self._counts = dict.fromkeys(
-            ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings"), 0
+            ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings", "rollbacks"), 0
         )
 
     @property
@@ -109,8 +138,14 @@ class Pipeline:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Running counts: steps; skipped, clipped and capped ones; findings."""
+        """Running counts: steps; skipped, clipped and capped ones; findings; rollbacks."""
         return dict(self._counts)
+
+    def copy_due(self, step: int, newest: int | None) -> bool:
+        """Whether the weights are to be copied before the update of ``step``, see `Ladder`."""
+        if self.ladder is None or not self.ladder.copy_due(step, newest):
+            return False
+        return newest is None or not do_damage(self._diagnosis.open)
 
     def take(
         self,
@@ -130,10 +165,11 @@ class Pipeline:
         dropped = outcome.coefficient == 0.0 or theirs
         # A scaler that looks for its scale meets infinities on purpose: that is no finding.
         self._scaler_skips = self._scaler_skips + 1 if theirs else 0
+        findings: list[Finding] = []
         if not theirs or self._scaler_skips > _SCALER_SKIPS:
             findings = self._diagnose(outcome, norms if not finite else None, seen)
-            if not theirs:
-                self._respond(outcome, dropped, findings)
+        if not theirs or outcome.weights_broken:
+            self._respond(outcome, dropped, findings)
         self.recorder.time(seen.time)
         if seen.inspection is not None:
             self.recorder.inspect(seen.inspection)
@@ -146,7 +182,7 @@ class Pipeline:
                 step=outcome.number,
                 loss=outcome.loss,
                 total_norm=outcome.total_norm,
-                clip_threshold=outcome.plan.clip_threshold,
+                clip_threshold=outcome.plan.clip_limit,
                 clip_coef=outcome.coefficient,
                 max_ratio=outcome.plan.max_ratio,
                 capped_tensors=outcome.capped,
@@ -174,7 +210,7 @@ class Pipeline:
             model=self.model,
         )
         changed = self._diagnosis.observe(observation)
-        for finding in changed:
+        for finding in by_cause(changed):  # so that who hears of one knows its cause
             self._counts["findings"] += self.recorder.finding(finding)
         # What healed, and what has only been linked to its cause, asks for nothing new.
         found = [f for f in changed if f.until is None and f.step == outcome.number]
@@ -192,8 +228,12 @@ class Pipeline:
             skipped=dropped,
             large_share=outcome.large / max(self.tensors, 1),
             findings=findings,
+            weights_broken=outcome.weights_broken,
+            restorable=self.restorable,
+            segment_norms=outcome.segment_norms,
         )
         for action in actions:
+            self._counts["rollbacks"] += action.kind is ActionKind.ROLL_BACK
             self.recorder.action(action)
 
     def state_dict(self) -> dict[str, Any]:

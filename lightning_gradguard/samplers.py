@@ -64,6 +64,11 @@ class Samplers:
         """Paths of the modules that are watched through time."""
         return self._time.names if self._time is not None else ()
 
+    @property
+    def inspecting(self) -> bool:
+        """Whether layers are still looked at."""
+        return self._layers.active
+
     def follow(self) -> None:
         """The optimizer has other parameters from now on."""
         self._layers.follow(self._optimizer, self._trained_elsewhere)

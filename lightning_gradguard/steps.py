@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gradguard.pipeline import Outcome
 from lightning_gradguard.readings import NonFiniteOrigin, Seen
+from lightning_gradguard.respond.clippers import GradientClipper
 from lightning_gradguard.respond.update_bounds import UpdateBound
 
 
@@ -25,7 +26,9 @@ class Step:
         bound: The bound whose signal is read with it; ``None`` without a cap.
         seen: What has become known with it about itself and earlier ones.
         on_device: Where it was decided on the device: the coefficient; and gradient norm, loss,
-            count of failed ranks and the bound's signal.
+            whether weights are broken, count of failed ranks, the clipper's signal and the bound's.
+        clipper: What clips its segments; ``None`` if nothing does, or something else than now.
+        clip_size: Length of the clipper's signal.
     """
 
     outcome: Outcome
@@ -33,11 +36,17 @@ class Step:
     bound: UpdateBound | None
     seen: Seen
     on_device: tuple[Tensor, Tensor] | None = None
+    clipper: GradientClipper | None = None
+    clip_size: int = 0
 
     @property
     def dropped(self) -> bool:
         """Whether it is known to be left out."""
         return self.outcome.coefficient == 0.0
+
+    def segment_norms(self, clips: list[float]) -> tuple[float, ...]:
+        """From the clipper's signal, the norms that thresholds are learned from."""
+        return () if self.clipper is None else self.clipper.segment_norms(clips)
 
     def left_out(self) -> bool | Tensor:
         """The same, on the device where that was decided there."""
@@ -65,12 +74,18 @@ class Step:
             "values": values,
             "norms": norms,
             "seen": self.seen.to_dict(),
+            "clip_size": self.clip_size,
         }
 
     @classmethod
     def from_dict(
-        cls, state: Mapping[str, Any], bound: UpdateBound | None
+        cls,
+        state: Mapping[str, Any],
+        bound: UpdateBound | None,
+        clipper: GradientClipper | None = None,
     ) -> tuple[Step, list[float]]:
         """The inverse of :meth:`to_dict`: a step that is over, and what was read of it."""
         outcome, seen = Outcome.from_dict(state["outcome"]), Seen.from_dict(state["seen"])
-        return cls(outcome, partial(dict, state["norms"]), bound, seen), list(state["values"])
+        step = cls(outcome, partial(dict, state["norms"]), bound, seen)
+        step.clipper, step.clip_size = clipper, int(state.get("clip_size", 0))
+        return step, list(state["values"])

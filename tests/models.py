@@ -118,7 +118,8 @@ def quiet_trainer(root: Any, *callbacks: Callback, **arguments: Any) -> Trainer:
 
 def guard_without(**parts: Any) -> GradGuard:
     """A guard with only the named responses on, so that a plain loop can do the same."""
-    return GradGuard(**{"clip": None, "cap": None, "skip": None, "backoff": None, **parts})
+    off = dict.fromkeys(("clip", "cap", "skip", "backoff", "rollback"))
+    return GradGuard(**{**off, **parts})
 
 
 def fixed_cap(ratio: float) -> UpdateCap:

@@ -16,8 +16,10 @@ class StepRecord:
         step: Number of the step, from 0, counted per optimizer; skipped steps count.
         loss: Mean loss of the step's micro-batches, over all ranks; ``None`` if not known.
         total_norm: Gradient norm before clipping.
-        clip_threshold: What the norm was clipped to; ``inf`` while there is no baseline.
-        clip_coef: The factor applied to the gradient.
+        clip_threshold: The largest norm that clipping lets through: the threshold of the total
+            norm, or the norm of the segments' thresholds. ``inf`` while there is no baseline, and
+            for strategies that are not told by a norm known beforehand (`ValueClip`, `AGC`).
+        clip_coef: The gradient norm after clipping divided by that before; 0 for a dropped step.
         max_ratio: The cap on the relative update; ``inf`` when there is none.
         capped_tensors: How many tensors were moved back to the cap.
         skipped: Whether the step was dropped.

@@ -49,8 +49,8 @@ def step_metrics(row: StepRecord, *, protecting: bool, label: str = "") -> dict[
 
 
 def count_metrics(counts: Mapping[str, int], label: str = "") -> dict[str, float]:
-    """Running counts: skipped steps and findings."""
-    keys = {"skipped_steps": "gradguard/skipped_steps", "findings": "gradguard/findings"}
+    """Running counts: skipped steps, findings and rollbacks."""
+    keys = {name: f"gradguard/{name}" for name in ("skipped_steps", "findings", "rollbacks")}
     return {_labelled(keys[k], label): float(v) for k, v in counts.items() if k in keys}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
@@ -23,7 +23,13 @@ _LEVELS = {
     Severity.CRITICAL: logging.ERROR,
 }
 # A skip is worth a line the first time; a hundred lines for a hundred NaN batches help nobody.
-_CONSOLE_ONCE = {ActionKind.SKIP, ActionKind.TIGHTEN, ActionKind.BACK_OFF, ActionKind.RECOVER}
+_CONSOLE_ONCE = {
+    ActionKind.SKIP,
+    ActionKind.TIGHTEN,
+    ActionKind.BACK_OFF,
+    ActionKind.RECOVER,
+    ActionKind.BOOST,
+}
 _MAX_KEPT = 1000
 # Of 256 bins each, about 4 MB.
 _MAX_READINGS = 1000
@@ -39,6 +45,10 @@ class Recorder:
         label: Name of the optimizer, put before console lines; empty if there is only one.
         max_rows: Bound on the history in memory.
         silent: Say and write nothing (for all ranks but one).
+
+    Attributes:
+        listeners: Each is called with every action, and with a finding when it opens, turns worse
+            or outlasts what explained it; of a silent recorder none is.
     """
 
     def __init__(self, label: str = "", max_rows: int = 10_000, *, silent: bool = False) -> None:
@@ -53,6 +63,7 @@ class Recorder:
         self._readings: deque[TimeReading] = deque(maxlen=_MAX_READINGS)
         self._latest: dict[str, TimeReading] = {}
         self._told: set[ActionKind] = set()
+        self.listeners: list[Callable[[Finding | Action], None]] = []
 
     @property
     def history(self) -> list[StepRecord]:
@@ -99,7 +110,9 @@ class Recorder:
     def finding(self, finding: Finding) -> bool:
         """Record a finding that opened, changed or healed; returns whether it is a new one."""
         before = self._before(finding)
-        worse = before is None or finding.severity > self.findings[before].severity
+        known = None if before is None else self.findings[before]
+        worse = known is None or finding.severity > known.severity
+        outlasts = known is not None and bool(known.follows_from) and not finding.follows_from
         self._write("finding", finding.to_dict())
         if before is None:
             _keep(self.findings, finding)
@@ -108,6 +121,8 @@ class Recorder:
         if finding.until is None and worse:
             level = logging.INFO if finding.follows_from else _LEVELS[finding.severity]
             self._say(level, finding.message)
+        if finding.until is None and (worse or outlasts):
+            self._notify(finding)
         return before is None
 
     def adopt(self, findings: Sequence[Finding]) -> None:
@@ -132,6 +147,7 @@ class Recorder:
                 self._told.add(action.kind)
                 more = " (told once; later ones are in the report)"
             self._say(logging.WARNING, action.message + more)
+        self._notify(action)
 
     def _write(self, event: str, values: dict[str, object]) -> None:
         if self.events is None or self.silent:
@@ -146,6 +162,11 @@ class Recorder:
             logger.error(  # noqa: TRY400 - the reason says it all
                 "%s cannot be written (%s); training goes on guarded, without it.", path, error
             )
+
+    def _notify(self, event: Finding | Action) -> None:
+        if not self.silent:
+            for listener in tuple(self.listeners):
+                listener(event)
 
     def _say(self, level: int, message: str) -> None:
         if not self.silent:

@@ -18,6 +18,8 @@ class ActionKind(str, Enum):
     TIGHTEN = "tighten"
     BACK_OFF = "back_off"
     RECOVER = "recover"
+    ROLL_BACK = "roll_back"
+    BOOST = "boost"
     STOP = "stop"
 
 

@@ -35,6 +35,11 @@ class Agreement:
         return self._differs
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no other rank to agree with."""
+        return self._world_size == 1
+
+    @property
     def owes(self) -> bool:
         """Whether this rank has failed and others still wait for its numbers."""
         return self._owed > 0

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.respond.clipping import clip_coefficient, scale_gradients
+from lightning_gradguard.respond.clip_coefficients import (
+    clip_coefficient,
+    device_coefficients,
+    scale_gradients,
+)
+from lightning_gradguard.respond.clippers import GradientClipper
 from lightning_gradguard.respond.ladder import StepPlan
 from lightning_gradguard.respond.skipping import drop_gradients
 
@@ -24,16 +29,31 @@ def runs_fused(optimizer: Optimizer) -> bool:
     )
 
 
-def apply_on_host(plan: StepPlan, total_norm: float, parameters: Sequence[Tensor]) -> float:
+def apply_on_host(
+    plan: StepPlan,
+    total_norm: float,
+    parameters: Sequence[Tensor],
+    clipper: GradientClipper | None = None,
+    seen: Sequence[float] = (),
+) -> float:
     """Clip or drop the gradients; returns the coefficient, 0.0 for a dropped step.
 
     Where nothing needs clipping nothing is multiplied: the host knows, so a healthy step costs no
     pass over memory.
+
+    Args:
+        plan: The bounds.
+        total_norm: Before clipping.
+        parameters: Their gradients are meant.
+        clipper: What clips them where one factor on all of them does not do.
+        seen: Its signal of this step.
     """
     if plan.skips(total_norm):
         drop_gradients(parameters)
         return 0.0
-    coefficient = clip_coefficient(total_norm, plan.clip_threshold)
+    if clipper is not None:
+        return clipper.on_host(plan.clip_segments, total_norm, seen)
+    coefficient = clip_coefficient(total_norm, plan.clip_threshold, plan.clip_center)
     if coefficient < 1.0:
         gradients = [p.grad for p in parameters if p.grad is not None]
         scale_gradients(gradients, coefficient)
@@ -54,12 +74,24 @@ class FusedControls:
         self._active = False
         self._drops_safely = not isinstance(optimizer, torch.optim.SGD)
 
-    def apply(self, plan: StepPlan, total_norm: Tensor) -> Tensor:
+    def renew(self) -> None:
+        """The optimizer's state was put back to what it was earlier: momentum may be missing."""
+        self._drops_safely = not isinstance(self._optimizer, torch.optim.SGD)
+
+    def apply(
+        self,
+        plan: StepPlan,
+        total_norm: Tensor,
+        clipper: GradientClipper | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """Set the controls for the coming step.
 
         Args:
             plan: The bounds.
             total_norm: () on the device.
+            clipper: What clips where one factor on all gradients does not do, before the kernel.
+            seen: Its signal of this step.
 
         Returns:
             The coefficient, () on the device; 0 for a dropped step.
@@ -67,7 +99,9 @@ class FusedControls:
         norm = total_norm.to(torch.float32)
         limit = min(plan.skip_limit, torch.finfo(torch.float32).max)
         bad = ~(norm <= limit) if plan.may_skip else torch.zeros_like(norm, dtype=torch.bool)
-        if math.isfinite(plan.clip_threshold):
+        if plan.clip_center > -math.inf:
+            scale = device_coefficients(norm, plan.clip_threshold, plan.clip_center).reciprocal_()
+        elif math.isfinite(plan.clip_threshold):
             scale = (norm / plan.clip_threshold).clamp_(min=1.0)
             if not plan.may_skip:  # see clip_coefficient
                 scale.nan_to_num_(nan=1.0, posinf=1.0)
@@ -79,7 +113,11 @@ class FusedControls:
         for name, value in zip(self._NAMES, (scale, found_inf), strict=True):
             setattr(self._optimizer, name, value)
         self._active = True
-        return scale.reciprocal().masked_fill_(bad, 0.0)
+        coefficient = scale.reciprocal()
+        if clipper is not None:
+            signal = norm.new_zeros(0) if seen is None else seen
+            coefficient = clipper.on_device(plan.clip_segments, norm, signal).to(norm)
+        return coefficient.masked_fill_(bad, 0.0)
 
     def _drop_before_momentum(self, bad: Tensor) -> None:
         """Drop on the host while SGD has no momentum yet.

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.measure import GradNorms
-from lightning_gradguard.measure.sharding import local_tensor
+from lightning_gradguard.measure.sharding import ShardReducer, local_tensor
+from lightning_gradguard.respond.cap_enforcement import local_norms
 from lightning_gradguard.respond.shrinking_bound import ShrinkingBound
 from lightning_gradguard.respond.weight_norms import NEAR_SHARE, WeightNorms, group_sizes
 
@@ -47,7 +48,24 @@ class GradientBound(ShrinkingBound):
         self._sizes = group_sizes(optimizer, parameters)
         self._shares_P = torch.zeros(0)
         self._held_back: int | Tensor = 0
-        self._momenta = [0.0] * len(self._sizes)  # bounds on ‖buffer‖ / ‖W‖ of each group
+        self._momenta = self._measured_momenta()  # bounds on ‖buffer‖ / ‖W‖ of each group
+
+    @torch.no_grad()
+    def _measured_momenta(self) -> list[float]:
+        """The largest ‖buffer‖ / ‖W‖ of each group; 0 before the first step, at no cost."""
+        states = [self._optimizer.state.get(p, {}) for p in self._parameters]
+        buffers = [state.get("momentum_buffer") for state in states]
+        if all(buffer is None for buffer in buffers):
+            return [0.0] * len(self._sizes)
+        pairs = zip(buffers, self._parameters, strict=True)
+        parts = [local_tensor(torch.zeros_like(p) if b is None else b) for b, p in pairs]
+        squares_P = ShardReducer(self._parameters).sum(local_norms(parts).square())
+        weights = WeightNorms(self._parameters)
+        weights.refresh()
+        if weights.norms_P is None:
+            return [0.0] * len(self._sizes)
+        shares = iter((squares_P.sqrt() / weights.norms_P).tolist())
+        return [max((next(shares) for _ in range(size)), default=0.0) for size in self._sizes]
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(G,) the largest ‖g‖ / ‖W‖ of each group."""
@@ -72,7 +90,9 @@ class GradientBound(ShrinkingBound):
         large = [_limit(group, self._large_ratio) for group in groups]
         self._copy_where_momentum_is_large(limits, seen or limits)
         # On the device the shares are some steps old: leave room for them to have grown.
-        room = NEAR_SHARE if self._on_device else 1.0 / float(coefficient)
+        # Some gradients may not have been clipped at all where the factors differ.
+        room = 1.0 / coefficient if isinstance(coefficient, float) else 1.0
+        room = NEAR_SHARE if self._on_device else room
         early = self._on_device and self._steps <= UNCLIPPED_STEPS
         if (
             not early

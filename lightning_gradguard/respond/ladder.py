@@ -6,14 +6,21 @@ Plain values in and out. Every rank that is fed the same values decides the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_gradguard.diagnose import Finding, Pathology, RobustBaseline, Severity
 from lightning_gradguard.respond.actions import Action, ActionKind
-from lightning_gradguard.respond.clipping import AdaptiveClip
+from lightning_gradguard.respond.clip_thresholds import (
+    UNBOUNDED,
+    ClipBounds,
+    ClipThresholds,
+    make_thresholds,
+)
+from lightning_gradguard.respond.clipping import AdaptiveClip, ClipStrategy
 from lightning_gradguard.respond.learning_rate import LearningRateBackoff, LearningRateScale
+from lightning_gradguard.respond.rollback import RollbackBudget, WeightRollback, ask_to_go_back
 from lightning_gradguard.respond.skipping import SkipBadSteps, SkipBudget
 from lightning_gradguard.respond.update_cap import RatioSchedule, UpdateCap
 
@@ -31,6 +38,9 @@ class StepPlan:
 
     Args:
         clip_threshold: Total gradient norm to clip to.
+        clip_center: The larger the norm, the nearer to this it is clipped, see
+            :func:`~lightning_gradguard.respond.clip_levels.clip_target`.
+        clip_segments: What each segment is clipped to, where not the total norm decides.
         skip_limit: Gradient norm beyond which the step is dropped; a norm that is not finite is
             dropped whenever ``may_skip``.
         may_skip: Whether steps are dropped at all.
@@ -39,36 +49,64 @@ class StepPlan:
     """
 
     clip_threshold: float = math.inf
+    clip_center: float = -math.inf
+    clip_segments: ClipBounds | None = None
     skip_limit: float = math.inf
     may_skip: bool = False
     max_ratio: float = math.inf
     lr_scale: float = 1.0
 
+    @property
+    def clip_limit(self) -> float:
+        """The largest total norm that clipping lets through, as far as it is known beforehand."""
+        return self.clip_threshold if self.clip_segments is None else self.clip_segments.limit
+
     def skips(self, total_norm: float) -> bool:
         """Whether a step with this gradient norm is dropped."""
         return self.may_skip and not (math.isfinite(total_norm) and total_norm <= self.skip_limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        segments = self.clip_segments
+        return {**vars(self), "clip_segments": None if segments is None else segments.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepPlan:
+        """The inverse of :meth:`to_dict`."""
+        segments = values.get("clip_segments")
+        bounds = None if segments is None else ClipBounds.from_dict(segments)
+        return cls(**{**values, "clip_segments": bounds})
 
 
 @dataclass(frozen=True)
 class LadderSettings:
     """The rungs that are in use; ``None`` leaves one out."""
 
-    clip: AdaptiveClip | None = AdaptiveClip()
+    clip: ClipStrategy | None = AdaptiveClip()
     cap: UpdateCap | None = UpdateCap()
     skip: SkipBadSteps | None = SkipBadSteps()
     backoff: LearningRateBackoff | None = LearningRateBackoff()
+    rollback: WeightRollback | None = WeightRollback()
 
 
 class Ladder:
-    """Bounds of the next step from norms, losses, findings and what was done so far."""
+    """Bounds of the next step from norms, losses, findings and what was done so far.
+
+    Attributes:
+        should_stop: Whether there is nothing left to try.
+        puts_back: Whether weights are to be put back to their copy after the step observed last.
+    """
 
     def __init__(self, settings: LadderSettings) -> None:
         self.settings = settings
         self.baseline = RobustBaseline()
+        self.clip = make_thresholds(settings.clip, self.baseline)
         self.budget = SkipBudget(settings.skip) if settings.skip else None
         self.schedule = RatioSchedule(settings.cap) if settings.cap else None
         self.rate = LearningRateScale(settings.backoff) if settings.backoff else None
+        self.rollback = RollbackBudget(settings.rollback) if settings.rollback else None
         self.should_stop = False
+        self.puts_back = False
 
     @property
     def median_norm(self) -> float | None:
@@ -77,9 +115,16 @@ class Ladder:
 
     def plan(self) -> StepPlan:
         """The bounds of the next step."""
-        clip, skip, median = self.settings.clip, self.settings.skip, self.median_norm
+        skip, median = self.settings.skip, self.median_norm
+        total, segments = UNBOUNDED, None
+        if self.clip is not None and self.clip.by_segment:
+            segments = self.clip.bounds()
+        elif self.clip is not None:
+            total = self.clip.bounds()
         return StepPlan(
-            clip_threshold=clip.threshold(median) if clip else math.inf,
+            clip_threshold=total.thresholds[0],
+            clip_center=total.centers[0],
+            clip_segments=segments,
             skip_limit=skip.limit(median) if skip else math.inf,
             may_skip=skip is not None,
             max_ratio=self.schedule.ratio if self.schedule else math.inf,
@@ -95,6 +140,9 @@ class Ladder:
         skipped: bool,
         large_share: float,
         findings: Sequence[Finding],
+        weights_broken: bool = False,
+        restorable: int | None = None,
+        segment_norms: Sequence[float] = (),
     ) -> list[Action]:
         """Take in one step; returns what changes because of it.
 
@@ -105,17 +153,40 @@ class Ladder:
             skipped: Whether it was dropped.
             large_share: Share of tensors whose update would have been large, in [0, 1].
             findings: Findings that opened at this step.
+            weights_broken: Whether NaN or Inf was found in the weights.
+            restorable: Step to which weights can be put back; ``None`` if to none.
+            segment_norms: Norm of each segment that is clipped by itself, before clipping.
         """
         actions: list[Action] = []
-        if math.isfinite(total_norm) and total_norm > 0.0:
-            self.baseline.update(math.log(total_norm))
+        self.puts_back = False
+        under_way = self.rollback is not None and self.rollback.is_under_way(step)
+        if under_way:  # of weights that are gone
+            findings, weights_broken = (), False
+        if self.rollback is not None:
+            finite = math.isfinite(total_norm) and (loss is None or math.isfinite(loss))
+            self.rollback.follow(healthy=finite and not skipped)
+        self._learn(total_norm, segment_norms)
         if self.budget is not None:
             actions += self._account_for_skip(self.budget, step, total_norm, skipped)
+            if under_way:
+                self.budget.consecutive = 0
+        lost = self._why_lost(weights_broken=weights_broken)
+        back = self._go_back(step, lost or ask_to_go_back(findings), restorable)
+        if back is not None:
+            return [*actions, back]
+        if lost:
+            actions += self._stop(step, lost, restorable, weights_broken=weights_broken)
         if self.schedule is not None:
             actions += self._follow_loss(self.schedule, step, loss, large_share)
         if self.rate is not None:
             actions += self._scale_rate(self.rate, step, skipped, findings)
         return actions
+
+    def _learn(self, total_norm: float, segment_norms: Sequence[float]) -> None:
+        if math.isfinite(total_norm) and total_norm > 0.0:
+            self.baseline.update(math.log(total_norm))
+        if self.clip is not None:
+            self.clip.observe(segment_norms if self.clip.by_segment else (total_norm,))
 
     def _account_for_skip(
         self, budget: SkipBudget, step: int, total_norm: float, skipped: bool
@@ -131,16 +202,70 @@ class Ladder:
             f"Step {step} skipped, because the gradient norm was {size}; "
             "weights and optimizer state are untouched."
         )
-        actions = [Action(ActionKind.SKIP, step, message, {"total_norm": total_norm})]
-        if budget.spent and not self.should_stop:
-            self.should_stop = True
-            message = (
-                f"Stopping at step {step}: {budget.consecutive} steps in a row had to be skipped, "
-                "so the weights or the data themselves are bad."
+        return [Action(ActionKind.SKIP, step, message, {"total_norm": total_norm})]
+
+    def _why_lost(self, *, weights_broken: bool) -> str:
+        """Why the run cannot go on as it is, in words; empty if it can."""
+        if weights_broken:
+            return "the weights are not finite"
+        if self.budget is not None and self.budget.spent:
+            return (
+                f"{self.budget.consecutive} steps in a row had to be skipped, "
+                "so the weights or the data themselves are bad"
             )
-            numbers = {"consecutive": float(budget.consecutive)}
-            actions.append(Action(ActionKind.STOP, step, message, numbers))
-        return actions
+        return ""
+
+    def _go_back(self, step: int, reason: str, restorable: int | None) -> Action | None:
+        """Put the weights back, as long as there is a copy and a rollback left."""
+        rollback = self.rollback
+        if not reason or restorable is None or rollback is None or rollback.spent:
+            return None
+        self.puts_back = True
+        rollback.used += 1
+        if self.budget is not None:
+            self.budget.consecutive = 0
+        if self.schedule is not None:
+            self.schedule.retreat()
+        message = (
+            f"Step {step}: weights, optimizer and buffers put back to step {restorable}, "
+            f"because {reason}"
+        )
+        numbers = {"to_step": float(restorable), "rollbacks": float(rollback.used)}
+        if self.rate is not None and self.rate.cut(at_once=True):
+            message += f"; learning rate cut to {self.rate.scale:.3g} of its schedule"
+            numbers["lr_scale"] = self.rate.scale
+        return Action(ActionKind.ROLL_BACK, step, f"{message}.", numbers)
+
+    def _stop(
+        self, step: int, reason: str, restorable: int | None, *, weights_broken: bool
+    ) -> list[Action]:
+        """Ask the run to stop, once, and never leave it with weights that are not finite."""
+        self.puts_back = restorable is not None and (weights_broken or not self.should_stop)
+        if self.should_stop:
+            return []
+        self.should_stop = True
+        numbers = {"consecutive": float(self.budget.consecutive)} if self.budget else {}
+        message = f"Stopping at step {step}: {reason}"
+        if self.rollback is not None:
+            self.rollback.stopped = True
+            numbers["rollbacks"] = float(self.rollback.used)
+            if self.rollback.used:
+                message += f", and going back {self.rollback.used} times has not helped"
+        message += "."
+        if restorable is not None:
+            message += f" Weights, optimizer and buffers are put back to step {restorable}."
+        return [Action(ActionKind.STOP, step, message, numbers)]
+
+    def copy_due(self, step: int, newest: int | None) -> bool:
+        """Whether the weights are to be copied before the update of ``step``.
+
+        Args:
+            step: The coming step.
+            newest: Step of the newest copy; ``None`` if there is none.
+        """
+        if self.rollback is None or not self.rollback.copy_due(step, newest):
+            return False
+        return newest is None or self.rate is None or self.rate.settled
 
     @staticmethod
     def _follow_loss(
@@ -149,9 +274,12 @@ class Ladder:
         change = schedule.advance(loss, large_share)
         if change >= 1.0:
             return []
+        seen = "the loss gets worse"
+        if schedule.trial is not None:
+            seen = "the loss does not change; smaller ones are tried"
         message = (
             f"Cap on updates tightened to {schedule.ratio:.2%} of each tensor's norm per step, "
-            "because updates are large and the loss does not improve."
+            f"because updates are large and {seen}."
         )
         return [Action(ActionKind.TIGHTEN, step, message, {"max_ratio": schedule.ratio})]
 
@@ -192,6 +320,16 @@ class Ladder:
         if self.budget is not None and self.budget.spent:
             self.budget.consecutive = 0
 
-    def _parts(self) -> list[tuple[str, SkipBudget | RatioSchedule | LearningRateScale]]:
-        parts = {"budget": self.budget, "schedule": self.schedule, "rate": self.rate}
+    def _parts(
+        self,
+    ) -> list[
+        tuple[str, ClipThresholds | SkipBudget | RatioSchedule | LearningRateScale | RollbackBudget]
+    ]:
+        parts = {
+            "clip": self.clip,
+            "budget": self.budget,
+            "schedule": self.schedule,
+            "rate": self.rate,
+            "rollback": self.rollback,
+        }
         return [(name, part) for name, part in parts.items() if part is not None]

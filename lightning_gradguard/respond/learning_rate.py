@@ -55,10 +55,19 @@ class LearningRateScale:
         self._since_cut = settings.cooldown_steps
         self._healthy = 0
 
-    def cut(self) -> bool:
-        """Cut once, if the last cut had time to show and the floor is not reached."""
+    @property
+    def settled(self) -> bool:
+        """Whether the last cut had time to show."""
+        return self._since_cut >= self.settings.cooldown_steps
+
+    def cut(self, *, at_once: bool = False) -> bool:
+        """Cut once, if the last cut had time to show and the floor is not reached.
+
+        Args:
+            at_once: Do not wait for the last cut to show. Default ``False``.
+        """
         self._healthy = 0
-        if self._since_cut < self.settings.cooldown_steps or self.scale <= self.settings.min_scale:
+        if not (at_once or self.settled) or self.scale <= self.settings.min_scale:
             return False
         self.scale = max(self.scale * self.settings.factor, self.settings.min_scale)
         self._since_cut = 0

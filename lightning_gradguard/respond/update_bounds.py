@@ -59,7 +59,8 @@ class UpdateBound(Protocol):
 
         Args:
             max_ratio: The cap.
-            coefficient: What the gradients are multiplied by because of clipping.
+            coefficient: What the gradients are multiplied by because of clipping: one factor, or
+                (P,) one for each.
             seen: The latest signal that was read; empty if there is none.
         """
 

@@ -23,10 +23,16 @@ NEAR_SHARE = 0.5
 
 
 class WeightNorms:
-    """Measures max(‖W‖, floor) of every tensor now and then, on the device."""
+    """Measures max(‖W‖, floor·√numel) of every tensor now and then, on the device.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Args:
+        parameters: The tensors.
+        floor: Default: the least root mean square that relative updates are shares of.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], floor: float = RMS_FLOOR) -> None:
         self._parameters = list(parameters)
+        self._floor = floor
         self._reducer = ShardReducer(self._parameters)
         self._age = 0
         self.norms_P: Tensor | None = None
@@ -42,7 +48,7 @@ class WeightNorms:
             tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
             norms_P = local_norms(tensors)
             if self._floors_P is None:  # once: lists become tensors by a copy that waits
-                self._floors_P = norms_P.new_tensor([t.numel() * RMS_FLOOR**2 for t in tensors])
+                self._floors_P = norms_P.new_tensor([t.numel() * self._floor**2 for t in tensors])
             squares_2P = self._reducer.sum(torch.stack([norms_P.square(), self._floors_P]))
             least = torch.finfo(squares_2P.dtype).tiny  # for a tensor without elements
             self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).clamp_(min=least).sqrt_()

@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard
+from lightning_gradguard.respond import SkipBadSteps
+from tests.models import Regression, fused_adamw, guard_without, loader, make_batches, quiet_trainer
 
 STEPS = 8
 
@@ -69,3 +71,50 @@ def test_an_observer_leaves_the_schedule_alone(tmp_path):
     observed = fit("exponential", (2, 5), tmp_path, mode="observe")
 
     assert observed.rates == healthy.rates
+
+
+# -- steps that are known to be dropped some steps later -------------------------------------------
+
+
+class FusedScheduled(Regression):
+    """Under a fused optimizer, with a schedule that counts its steps."""
+
+    def __init__(self) -> None:
+        super().__init__(fused_adamw)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def advances(trainer) -> int:
+    """How often the schedule went on, by its own count and by the rate it has come to."""
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    count = scheduler.last_epoch
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**count)
+    return count
+
+
+def fit_fused(tmp_path, bad_steps):
+    trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()))
+    trainer.fit(FusedScheduled(), loader(make_batches(30, poisoned=bad_steps)))
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "bad_steps", [(), (0,), (5,), (5, 6, 7, 8), (3, 11, 26), tuple(range(20))], ids=str
+)
+def test_a_step_that_is_known_late_is_held_back_later(tmp_path, bad_steps):
+    trainer = fit_fused(tmp_path, bad_steps)
+    assert advances(trainer) == 30 - len(bad_steps)
+
+
+def test_what_is_owed_at_the_end_is_settled_by_the_run_that_goes_on(tmp_path):
+    trainer = fit_fused(tmp_path, (27, 28, 29))
+    assert advances(trainer) == 30
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    later = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()), max_epochs=2)
+    later.fit(FusedScheduled(), loader(make_batches(30)), ckpt_path=tmp_path / "end.ckpt")
+    assert later.global_step == 60
+    assert advances(later) == 57

@@ -136,7 +136,7 @@ def test_what_the_guard_does_to_the_rate_is_no_turn(tmp_path: Path) -> None:
     for number in range(60, 120):
         inputs, targets = batches[number]
         batches[number] = inputs, targets * 1.3 ** (number - 60)
-    guard = WitnessedGuard(clip=None, cap=None)
+    guard = WitnessedGuard(clip=None, cap=None, rollback=None)
     quiet_trainer(tmp_path, guard).fit(Regression(), loader(batches))
     assert any(row.lr_scale < 1.0 for row in guard.history)
     assert guard.witnesses[0].new_phases == []

@@ -34,7 +34,7 @@ from tests.models import (
 OPTIMIZERS = pytest.mark.parametrize(
     "make_optimizer", [*MAKERS.values(), rmsprop], ids=[*MAKERS, "rmsprop"]
 )
-NONE: dict[str, Any] = {"clip": None, "cap": None, "skip": None, "backoff": None}
+NONE: dict[str, Any] = dict.fromkeys(("clip", "cap", "skip", "backoff", "rollback"))
 
 
 @OPTIMIZERS
@@ -245,7 +245,7 @@ def test_models_of_another_dtype(make_optimizer: Any, dtype: torch.dtype) -> Non
 
 def test_the_run_is_asked_to_stop_when_skipping_does_not_help() -> None:
     for make_optimizer in MAKERS.values():
-        loop = Loop(make_optimizer, skip=SkipBadSteps(max_consecutive=4))
+        loop = Loop(make_optimizer, skip=SkipBadSteps(max_consecutive=4), rollback=None)
         before = loop.weights()
         loop.run(make_batches(10, poisoned=range(10)))
         loop.guard.close()

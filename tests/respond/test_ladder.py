@@ -125,7 +125,7 @@ def test_the_budget_is_spent_on_a_run_that_stays_bad() -> None:
 @given(steps=STEPS)
 @settings(max_examples=20)
 def test_without_rungs_nothing_is_bounded_and_nothing_done(steps: list[dict[str, Any]]) -> None:
-    for plan, actions in feed(Ladder(LadderSettings(None, None, None, None)), steps):
+    for plan, actions in feed(Ladder(LadderSettings(None, None, None, None, None)), steps):
         assert plan == StepPlan()
         assert actions == []
 
