@@ -15,7 +15,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_gradguard.callbacks import GradGuard, GradientMonitor
+    from lightning_gradguard.callbacks import (
+        AdaptiveGradientClipping,
+        GradGuard,
+        GradientAlert,
+        GradientMonitor,
+        LearningRateBackoff,
+        SkipBadSteps,
+        UpdateCap,
+        WeightRollback,
+    )
     from lightning_gradguard.diagnose import Finding, Pathology, Severity
     from lightning_gradguard.dry_run import Preflight, preflight
     from lightning_gradguard.guard import GuardEngine
@@ -23,25 +32,38 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "Finding",
     "GradGuard",
+    "GradientAlert",
     "GradientMonitor",
     "GuardEngine",
+    "LearningRateBackoff",
     "Pathology",
     "Preflight",
     "Severity",
+    "SkipBadSteps",
+    "UpdateCap",
+    "WeightRollback",
     "__version__",
     "preflight",
 ]
 
+_CALLBACKS = "lightning_gradguard.callbacks"
 _MODULE_OF = {
+    "AdaptiveGradientClipping": _CALLBACKS,
     "Finding": "lightning_gradguard.diagnose",
-    "GradGuard": "lightning_gradguard.callbacks",
-    "GradientMonitor": "lightning_gradguard.callbacks",
+    "GradGuard": _CALLBACKS,
+    "GradientAlert": _CALLBACKS,
+    "GradientMonitor": _CALLBACKS,
     "GuardEngine": "lightning_gradguard.guard",
+    "LearningRateBackoff": _CALLBACKS,
     "Pathology": "lightning_gradguard.diagnose",
     "Preflight": "lightning_gradguard.dry_run",
     "Severity": "lightning_gradguard.diagnose",
+    "SkipBadSteps": _CALLBACKS,
+    "UpdateCap": _CALLBACKS,
+    "WeightRollback": _CALLBACKS,
     "preflight": "lightning_gradguard.dry_run",
 }
 

@@ -22,12 +22,25 @@ from lightning_gradguard.record import Recorder
 from lightning_gradguard.respond import (
     AdaptiveClip,
     LearningRateBackoff,
+    NormClip,
+    PercentileClip,
     SkipBadSteps,
     UpdateCap,
+    ZScoreClip,
 )
 
-SETTINGS = (AdaptiveClip, LearningRateBackoff, SkipBadSteps, UpdateCap, Thresholds)
-ARGUMENTS = [(cls, f.name, f.type) for cls in SETTINGS for f in fields(cls)]
+SETTINGS = (
+    AdaptiveClip,
+    LearningRateBackoff,
+    NormClip,
+    PercentileClip,
+    SkipBadSteps,
+    UpdateCap,
+    Thresholds,
+    ZScoreClip,
+)
+# A choice of words has no range; see respond/test_clipping_settings.py.
+ARGUMENTS = [(cls, f.name, f.type) for cls in SETTINGS for f in fields(cls) if f.name != "scope"]
 MODEL = torch.nn.Linear(2, 1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -17,16 +16,26 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard._validation import check_number, check_type
+from lightning_gradguard.callbacks.alerting import start_alerts
+from lightning_gradguard.callbacks.asked import RUNGS, asked_for
 from lightning_gradguard.callbacks.epoch import EpochNorms, EpochTime
+from lightning_gradguard.callbacks.incidents import (
+    IncidentKeeper,
+    start_incidents,
+    steps_to_remember,
+)
+from lightning_gradguard.callbacks.moments import Moments
 from lightning_gradguard.callbacks.non_finite import OriginSearch
 from lightning_gradguard.callbacks.results import Results
 from lightning_gradguard.callbacks.schedules import ScheduleHold
+from lightning_gradguard.callbacks.stopping import StoppedRun
 from lightning_gradguard.callbacks.surroundings import Surroundings, surroundings
-from lightning_gradguard.diagnose import Severity
+from lightning_gradguard.diagnose import Severity, Thresholds
 from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.incidents import Incidents
 from lightning_gradguard.measure import TimestepProbe
-from lightning_gradguard.record import EventLog, Recorder
+from lightning_gradguard.record import AlertSender, EventLog, Recorder
 from lightning_gradguard.record.metrics import (
     count_metrics,
     inspection_metrics,
@@ -78,7 +87,15 @@ class EngineCallback(Results, Callback):
         timesteps: Modules whose gradient is measured through time.
         exact_every_n_steps: Steps between exact measurements.
         preflight: Whether to measure the first batch before the first step.
+        thresholds: What counts as a finding.
+        incidents: What is kept of steps that go wrong.
+
+    Attributes:
+        precedence: Of several guards on one Trainer the least runs the engines, and its settings
+            of what is measured and recorded count.
     """
+
+    precedence = 2
 
     def __init__(
         self,
@@ -88,6 +105,8 @@ class EngineCallback(Results, Callback):
         timesteps: TimeModules | None,
         exact_every_n_steps: int,
         preflight: bool,
+        thresholds: Thresholds = Thresholds(),
+        incidents: Incidents | bool = True,
     ) -> None:
         super().__init__()
         if layer_depth is not None:
@@ -95,12 +114,17 @@ class EngineCallback(Results, Callback):
         check_type("events", events, bool, "True or False")
         check_type("preflight", preflight, bool, "True or False")
         check_number("exact_every_n_steps", exact_every_n_steps, at_least=1, integer=True)
+        check_type("thresholds", thresholds, Thresholds, "a Thresholds")
+        check_type("incidents", incidents, (bool, Incidents), "an Incidents, True or False")
         _check_timesteps(timesteps)
         self.layer_depth = layer_depth
         self.events = events
         self.timesteps = timesteps
         self.exact_every_n_steps = exact_every_n_steps
         self.preflight = preflight
+        self.thresholds = thresholds
+        self._asked: dict[str, Any] = {}
+        self._alerts: AlertSender | None = None
         self.preflight_result: Preflight | None = None
         self._before_flight = False
         self.broken = False
@@ -111,22 +135,40 @@ class EngineCallback(Results, Callback):
         self._epoch = EpochNorms()
         self._epoch_time = EpochTime()
         self._schedules = ScheduleHold()
-        self._origins = OriginSearch()
+        self._stopped = StoppedRun(None)
+        self.incidents = incidents
+        self._moments = Moments()
+        self._origins = OriginSearch(self._moments)
+        self._incidents: IncidentKeeper | None = None
         self._leader: EngineCallback | None = None
         self._in_step = False
         self._restored: dict[str, Any] | None = None
         self._final_state: dict[str, Any] | None = None
 
-    @abstractmethod
+    def asks(self) -> Mapping[str, Any]:
+        """What the user has asked for by this callback, see :mod:`.asked`."""
+        return {}
+
+    def offers(self) -> Mapping[str, Any]:
+        """What it does unless another callback asks for something else."""
+        return {}
+
     def _make_engine(
         self, model: LightningModule, optimizer: Optimizer, run: Surroundings
     ) -> GuardEngine:
-        """The engine that this callback runs."""
-
-    @property
-    @abstractmethod
-    def protects(self) -> bool:
-        """Whether this callback changes what a step does, and does not only watch."""
+        """The engine that this callback runs, with what all on its Trainer ask for."""
+        rungs = {name: self._asked.get(name) for name in RUNGS}
+        protects = any(response is not None for response in rungs.values())
+        return GuardEngine(
+            model,
+            optimizer,
+            mode="protect" if protects else "observe",
+            timesteps=self.timesteps,
+            exact_every_n_steps=self.exact_every_n_steps,
+            thresholds=self.thresholds,
+            **rungs,
+            **run,
+        )
 
     @property
     @override
@@ -148,6 +190,9 @@ class EngineCallback(Results, Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What the user has misspelled is said before training starts, and not contained.
+        asked = asked_for(_guards_on(trainer))
+        if asked.get("vanishing") is not None:
+            asked["vanishing"].check(pl_module)
         if self.timesteps is not None:
             TimestepProbe(pl_module, self.timesteps).close()
 
@@ -167,12 +212,15 @@ class EngineCallback(Results, Callback):
         self._engines, self._by_optimizer, self._final_state = [], {}, None
         self._losses.clear()
         self._logged.clear()
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set late
-        self._leader = self._leader_among(callbacks)
+        guards = _guards_on(trainer)
+        leader = min(guards, key=lambda guard: (guard.precedence, type(guard).__name__))
+        self._leader = None if leader is self else leader
+        self._asked = asked_for(guards)
         if self._leader is not None:
             return
         self._epoch, self._epoch_time = EpochNorms(), EpochTime()
-        self._origins = OriginSearch()
+        self._moments = Moments(steps_to_remember(trainer.optimizers) if self.incidents else 1)
+        self._origins = OriginSearch(self._moments)
         self._before_flight = self.preflight
         strategy = type(trainer.strategy).__name__
         if strategy in _NOT_SUPPORTED:
@@ -191,6 +239,8 @@ class EngineCallback(Results, Callback):
                 type(self).__name__,
             )
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
+        keeps = log_dir is not None and not trial_run
+        self._stopped = StoppedRun(Path(log_dir) / "gradguard" if log_dir and keeps else None)
         for number, optimizer in enumerate(trainer.optimizers):
             label = f"optimizer{number}" if len(trainer.optimizers) > 1 else ""
             recorder = Recorder(label, silent=not trainer.is_global_zero)
@@ -205,12 +255,12 @@ class EngineCallback(Results, Callback):
                 self.timesteps,
             )
         self._restore()
-
-    def _leader_among(self, callbacks: list[Callback]) -> EngineCallback | None:
-        """The callback that runs the engines for all on this Trainer, unless it is this one."""
-        ours = [callback for callback in callbacks if isinstance(callback, EngineCallback)]
-        leader = next((callback for callback in ours if callback.protects), ours[0])
-        return None if leader is self else leader
+        self._incidents = start_incidents(
+            self.incidents, log_dir, self._moments, trainer, pl_module, self._engines
+        )
+        self._alerts = start_alerts(
+            self._asked.get("alert"), trainer, [e.recorder for e in self._engines]
+        )
 
     def _add_engine(self, model: LightningModule, optimizer: Optimizer, run: Surroundings) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -232,7 +282,7 @@ class EngineCallback(Results, Callback):
             self._before_flight = False
             self._run_preflight(trainer, pl_module, batch)
         if self._engines:
-            self._origins.remember(pl_module, batch, batch_idx)
+            self._moments.remember(pl_module, batch, batch_idx, self._engines)
 
     def _run_preflight(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         modules = self.timesteps or ()
@@ -278,9 +328,15 @@ class EngineCallback(Results, Callback):
         loss = self._step_loss(scaler)
         self._in_step = True
         engine.before_step(loss, scaler=scaler)
+        self._moments.tell(loss)
         if engine.needs_origin:
+            if self._incidents is not None:
+                self._incidents.before_update(self._engines.index(engine))
             self._origins.look(pl_module, engine)
         if engine.dropping:
+            self._schedules.hold(trainer, optimizer)
+        elif engine.owes_hold:
+            engine.settle_hold()
             self._schedules.hold(trainer, optimizer)
         if engine.should_stop:
             trainer.should_stop = True
@@ -304,7 +360,9 @@ class EngineCallback(Results, Callback):
         batch_idx: int,
     ) -> None:
         self._schedules.release()
-        self._origins.forget()
+        if self._incidents is not None:
+            self._incidents.after_update()
+        self._moments.forget()
         for engine in self._engines:
             self._epoch.add(engine)
             self._epoch_time.add(engine)
@@ -313,6 +371,9 @@ class EngineCallback(Results, Callback):
         every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
         if (stepped + 1) % max(every_n_steps, 1) == 0:
             self._log_step(pl_module)
+        if any(engine.should_stop for engine in self._engines):
+            trainer.should_stop = True
+            self._stopped.save(trainer, self)
 
     def _log_step(self, pl_module: LightningModule) -> None:
         for engine in self._engines:
@@ -364,6 +425,9 @@ class EngineCallback(Results, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._final_state = self.state_dict()
         self._close()
+        if self._incidents is not None:
+            self._incidents.after_update()
+        self._close_incidents()
         serious = [f for f in self.findings if f.severity >= Severity.WARNING]
         if trainer.is_global_zero and not self._leader and (serious or self.actions):
             self._tell()
@@ -381,6 +445,9 @@ class EngineCallback(Results, Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._close()
+        if self._incidents is not None:
+            self._incidents.on_exception(exception)
+        self._close_incidents()
 
     @override
     @contained
@@ -427,6 +494,18 @@ class EngineCallback(Results, Callback):
             engine.close()
             if engine.recorder.events is not None:
                 engine.recorder.events.close()
+        self._close_alerts()  # last: closing an engine takes in its last steps
+
+    def _close_incidents(self) -> None:
+        incidents, self._incidents = self._incidents, None
+        if incidents is not None:
+            incidents.close()
+        self._moments.clear()
+
+    def _close_alerts(self) -> None:
+        alerts, self._alerts = self._alerts, None
+        if alerts is not None:
+            alerts.close()
 
     def give_up(self, where: str, error: Exception | None = None) -> None:
         """Report an internal error once, take everything off, and let training go on."""
@@ -441,6 +520,13 @@ class EngineCallback(Results, Callback):
         )
         for engine in self._engines:
             engine.fail()
+        self._close_alerts()
+        self._close_incidents()
+
+
+def _guards_on(trainer: Trainer) -> list[EngineCallback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set late
+    return [callback for callback in callbacks if isinstance(callback, EngineCallback)]
 
 
 def _check_timesteps(timesteps: object) -> None:

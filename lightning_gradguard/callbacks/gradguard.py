@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gradguard._validation import check_choice, check_type
+from lightning_gradguard.callbacks import single
+from lightning_gradguard.callbacks.asked import RUNGS
 from lightning_gradguard.callbacks.base import EngineCallback
-from lightning_gradguard.callbacks.surroundings import Surroundings
 from lightning_gradguard.diagnose import Thresholds
-from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.incidents import Incidents
+from lightning_gradguard.record import GradientAlert
 from lightning_gradguard.respond import (
     AdaptiveClip,
+    ClipStrategy,
+    LayerBoost,
     LearningRateBackoff,
     SkipBadSteps,
     UpdateCap,
+    VanishingRegularizer,
+    WeightRollback,
 )
+from lightning_gradguard.respond.clipping import check_clip
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 
 
@@ -31,7 +38,8 @@ class GradGuard(EngineCallback):
 
     Args:
         mode: ``"protect"`` (default), or ``"observe"`` to turn every response off.
-        clip: Adaptive clipping of the total gradient norm; ``None`` for none.
+        clip: How gradients are clipped. Default: their total norm, to ten times its running median;
+            other strategies are in :mod:`lightning_gradguard.respond`; ``None`` for not at all.
         cap: Cap on each tensor's relative update; ``None`` for none.
         skip: Dropping of steps with a bad gradient; ``None`` for none.
         backoff: Cutting of the learning rate on instability; ``None`` for none.
@@ -50,6 +58,17 @@ class GradGuard(EngineCallback):
             is kept as ``preflight_result``, see :func:`lightning_gradguard.preflight`. Default
             ``False``.
         thresholds: What counts as a finding.
+        alert: Who is told of what, besides the console. Default: W&B alerts where the Trainer has a
+            ``WandbLogger``; ``None`` for nobody.
+        vanishing: Regularizer that keeps the gradient through time from vanishing in recurrent
+            modules. Default ``None``: it changes what the model is trained for.
+        boost: Larger updates for the layers that get too little while the gradient vanishes through
+            depth. Default ``None``.
+        rollback: Going back to earlier weights when the run is lost; ``None`` for not at all. The
+            copies of the weights are not part of a checkpoint.
+        incidents: What is kept of steps that go wrong, in ``gradguard/incidents`` in the run's log
+            directory, to be looked at again with ``gradguard replay``. Default ``True``, as
+            ``Incidents()``; ``False`` for nothing.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -61,19 +80,26 @@ class GradGuard(EngineCallback):
         >>> trainer = Trainer(callbacks=[GradGuard()], logger=False, enable_checkpointing=False)
     """
 
+    precedence = 0
+
     def __init__(
         self,
         mode: Literal["protect", "observe"] = "protect",
-        clip: AdaptiveClip | None = AdaptiveClip(),
-        cap: UpdateCap | None = UpdateCap(),
-        skip: SkipBadSteps | None = SkipBadSteps(),
-        backoff: LearningRateBackoff | None = LearningRateBackoff(),
+        clip: ClipStrategy | single.AdaptiveGradientClipping | None = AdaptiveClip(),
+        cap: UpdateCap | single.UpdateCap | None = UpdateCap(),
+        skip: SkipBadSteps | single.SkipBadSteps | None = SkipBadSteps(),
+        backoff: LearningRateBackoff | single.LearningRateBackoff | None = LearningRateBackoff(),
         layer_depth: int | None = None,
         events: bool = True,
         timesteps: Literal["auto"] | list[str] | dict[str, int] | None = "auto",
         exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
         preflight: bool = False,
         thresholds: Thresholds = Thresholds(),
+        alert: GradientAlert | single.GradientAlert | None = GradientAlert(),
+        vanishing: VanishingRegularizer | None = None,
+        boost: LayerBoost | None = None,
+        rollback: WeightRollback | single.WeightRollback | None = WeightRollback(),
+        incidents: Incidents | bool = True,
     ) -> None:
         super().__init__(
             layer_depth,
@@ -81,42 +107,58 @@ class GradGuard(EngineCallback):
             timesteps=timesteps,
             exact_every_n_steps=exact_every_n_steps,
             preflight=preflight,
+            thresholds=thresholds,
+            incidents=incidents,
         )
         check_choice("mode", mode, ("protect", "observe"))
-        for name, value, kind in (
-            ("clip", clip, AdaptiveClip),
-            ("cap", cap, UpdateCap),
-            ("skip", skip, SkipBadSteps),
-            ("backoff", backoff, LearningRateBackoff),
-        ):
-            check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
-        check_type("thresholds", thresholds, Thresholds, "a Thresholds")
         self.mode = mode
-        self.clip = clip
-        self.cap = cap
-        self.skip = skip
-        self.backoff = backoff
-        self.thresholds = thresholds
+        self.clip = single.settings_of(clip)
+        self.cap = single.settings_of(cap)
+        self.skip = single.settings_of(skip)
+        self.backoff = single.settings_of(backoff)
+        self.rollback = single.settings_of(rollback)
+        self.vanishing = vanishing
+        self.boost = boost
+        self.alert = single.settings_of(alert)
+        check_clip(self.clip)
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        chosen = [name for name in RUNGS if self._chosen(name) and getattr(self, name) is not None]
+        if self.mode == "observe" and chosen:
+            raise ValueError(
+                f"{chosen[0]} must be left out with mode='observe', which turns every response "
+                f"off, got {getattr(self, chosen[0])!r}"
+            )
+
+    def _chosen(self, name: str) -> bool:
+        """Whether the user has asked for other than the default."""
+        return bool(getattr(self, name) != _DEFAULTS[name])
 
     @override
-    def _make_engine(
-        self, model: LightningModule, optimizer: Optimizer, run: Surroundings
-    ) -> GuardEngine:
-        return GuardEngine(
-            model,
-            optimizer,
-            mode=self.mode,
-            clip=self.clip,
-            cap=self.cap,
-            skip=self.skip,
-            backoff=self.backoff,
-            timesteps=self.timesteps,
-            exact_every_n_steps=self.exact_every_n_steps,
-            thresholds=self.thresholds,
-            **run,
-        )
+    def asks(self) -> Mapping[str, Any]:
+        names = ("alert",) if self.mode == "observe" else (*RUNGS, "alert")
+        return {name: getattr(self, name) for name in names if self._chosen(name)}
 
-    @property
     @override
-    def protects(self) -> bool:
-        return self.mode == "protect"
+    def offers(self) -> Mapping[str, Any]:
+        return {"alert": _DEFAULTS["alert"]} if self.mode == "observe" else _DEFAULTS
+
+
+_KINDS: dict[str, type] = {
+    "cap": UpdateCap,
+    "skip": SkipBadSteps,
+    "backoff": LearningRateBackoff,
+    "rollback": WeightRollback,
+    "vanishing": VanishingRegularizer,
+    "boost": LayerBoost,
+    "alert": GradientAlert,
+}
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(GradGuard).parameters.items()
+    if name in (*RUNGS, "alert")
+}

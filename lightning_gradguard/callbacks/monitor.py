@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning.pytorch import LightningModule
-from torch.optim import Optimizer
-from typing_extensions import override
-
-from lightning_gradguard._validation import check_type
 from lightning_gradguard.callbacks.base import EngineCallback
-from lightning_gradguard.callbacks.surroundings import Surroundings
 from lightning_gradguard.diagnose import Thresholds
-from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.incidents import Incidents
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 
 
@@ -39,6 +33,9 @@ class GradientMonitor(EngineCallback):
             is kept as ``preflight_result``, see :func:`lightning_gradguard.preflight`. Default
             ``False``.
         thresholds: What counts as a finding.
+        incidents: What is kept of steps that go wrong, in ``gradguard/incidents`` in the run's log
+            directory, to be looked at again with ``gradguard replay``. Default ``True``, as
+            ``Incidents()``; ``False`` for nothing.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -51,6 +48,8 @@ class GradientMonitor(EngineCallback):
         >>> trainer = Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
     """
 
+    precedence = 1
+
     def __init__(
         self,
         layer_depth: int | None = None,
@@ -59,6 +58,7 @@ class GradientMonitor(EngineCallback):
         exact_every_n_steps: int = EXACT_EVERY_N_STEPS,
         preflight: bool = False,
         thresholds: Thresholds = Thresholds(),
+        incidents: Incidents | bool = True,
     ) -> None:
         super().__init__(
             layer_depth,
@@ -66,25 +66,6 @@ class GradientMonitor(EngineCallback):
             timesteps=timesteps,
             exact_every_n_steps=exact_every_n_steps,
             preflight=preflight,
+            thresholds=thresholds,
+            incidents=incidents,
         )
-        check_type("thresholds", thresholds, Thresholds, "a Thresholds")
-        self.thresholds = thresholds
-
-    @override
-    def _make_engine(
-        self, model: LightningModule, optimizer: Optimizer, run: Surroundings
-    ) -> GuardEngine:
-        return GuardEngine(
-            model,
-            optimizer,
-            mode="observe",
-            timesteps=self.timesteps,
-            exact_every_n_steps=self.exact_every_n_steps,
-            thresholds=self.thresholds,
-            **run,
-        )
-
-    @property
-    @override
-    def protects(self) -> bool:
-        return False
