@@ -45,6 +45,11 @@ class Course:
         """Learning rate of the first group at the last step; NaN if not known."""
         return self._rates[0] if self._rates else math.nan
 
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group at the last step; NaN if not known."""
+        return list(self._rates)
+
     def changed(self, present: tuple[bool, ...]) -> bool:
         """Takes in one step; returns whether the run changed course before it.
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gradguard._validation import check_choice, check_number, check_type
+from lightning_gradguard._validation import (
+    check_choice,
+    check_number,
+    check_observes,
+    check_type,
+)
 from lightning_gradguard.diagnose import Pathology, Thresholds
 from lightning_gradguard.engine_results import EngineResults
 from lightning_gradguard.measure import GradNorms
@@ -69,7 +75,8 @@ class GuardEngine(EngineResults):
     Args:
         model: The module whose parameter names appear in findings.
         optimizer: The optimizer that steps. Only its parameters are measured.
-        mode: ``"protect"``, or ``"observe"`` to measure and find without ever changing a bit.
+        mode: ``"protect"``, or ``"observe"`` to measure and find without ever changing a bit, and
+            then no response may be asked for.
         clip: How gradients are clipped: adaptively by default, or ``None`` for not at all.
         cap: Cap on relative updates, or ``None`` for none.
         skip: Skipping of bad steps, or ``None`` for none.
@@ -160,12 +167,24 @@ class GuardEngine(EngineResults):
                 "optimizer must take one gradient per step, got LBFGS, which evaluates the loss "
                 "several times inside one step and cannot be guarded"
             )
+        check_observes(
+            mode,
+            {
+                "clip": clip,
+                "cap": cap,
+                "skip": skip,
+                "backoff": backoff,
+                "rollback": rollback,
+                "vanishing": vanishing,
+                "boost": boost,
+            },
+            _DEFAULTS,
+        )
         if vanishing is not None:
             vanishing.check(model)
         protecting = mode == "protect"
         self.mode = mode
-        self.active = True
-        self.step = 0
+        self.active, self.step = True, 0
         self.last_norms: GradNorms | None = None
         self.recorder = recorder if recorder is not None else Recorder()
         self._model = model
@@ -319,18 +338,19 @@ class GuardEngine(EngineResults):
         norms = self._watched.meter.measure()
         if not unscaled:
             norms = replace(norms, values=norms.values / scale, total=norms.total / scale)
-        broken, self._broken = self._broken, False
         clipper, kept = self._watched.clipper, scale if not unscaled else 1.0
         clips = clipper.signal(norms, kept) if clipper is not None else None
         head = self._agreement.reach(
-            self._watched.head(norms.total, loss, broken=broken, signal=clips)
+            self._watched.head(norms.total, loss, broken=self._broken, signal=clips)
         )
-        if not any(norms.present):
+        if not any(norms.present):  # what was said is not heard, and is said again
             return
+        self._broken = False
         self.last_norms = norms
         seen = self._samplers.before_step(self.step, norms, scale, unscaled=unscaled)
         if self._put_back_now:  # a level that the weights have left is not held against these
             self._put_back_now, seen = False, replace(seen, new_phase=True)
+        self._pipeline.follow(self.step, self._samplers.rates)
         outcome = Outcome(
             self.step,
             self._pipeline.plan,
@@ -471,11 +491,14 @@ class GuardEngine(EngineResults):
         known = step.on_device is None
         if known and number > 0 and not step.outcome.finite:
             return
-        if keeper.active and self._pipeline.copy_due(number, keeper.newest):
+        newest = keeper.newest
+        if newest is not None and number - newest <= self._agreement.lag:
+            return  # or a rank that holds a bad copy would keep others than the rest
+        if keeper.active and self._pipeline.copy_due(number, newest):
             keeper.take(number)
 
     def _look_at_weights(self, keeper: WeightKeeper, outcome: Outcome) -> Outcome:
-        """Say with the outcome whether weights were found not to be finite.
+        """Say with the outcome whether weights were found to be broken.
 
         With several ranks each tells the others what it found at its next step, and all of them
         take it in with that one.
@@ -483,7 +506,7 @@ class GuardEngine(EngineResults):
         ladder = self._pipeline.ladder
         if ladder is None or ladder.rollback is None:
             return outcome
-        look = ladder.rollback.looks(finite=outcome.finite)
+        look = ladder.rollback.looks(good=outcome.finite and outcome.coefficient > 0.0)
         damaged = keeper.finds_damage(outcome.number, look=look)
         if not self._agreement.alone:
             self._broken |= damaged
@@ -497,7 +520,6 @@ class GuardEngine(EngineResults):
         if ladder.rollback is not None:
             ladder.rollback.resume_at(self.step)
         self._watched.renew_bound()
-        self._controls.renew()
         self._late_signal = []
         self._broken = False
         self._put_back_now = True
@@ -639,3 +661,8 @@ class GuardEngine(EngineResults):
             bound.load_state_dict(state["bound"])
         self._samplers.load_state_dict(state["samplers"], self.step)
         self._vanishing.load_state_dict(state.get("vanishing", {}), self.step)
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default for name, parameter in inspect.signature(GuardEngine).parameters.items()
+}

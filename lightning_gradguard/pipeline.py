@@ -6,7 +6,7 @@ No tensors and no hooks here: one step's numbers go in, the bounds of the next s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -130,6 +130,11 @@ class Pipeline:
         self._counts = dict.fromkeys(
             ("steps", "skipped_steps", "clipped_steps", "capped_steps", "findings", "rollbacks"), 0
         )
+
+    def follow(self, step: int, rates: Sequence[float]) -> None:
+        """Take in the learning rates of the coming step, as the schedule sets them."""
+        for action in self.ladder.follow(step, rates) if self.ladder else ():
+            self.recorder.action(action)
 
     @property
     def plan(self) -> StepPlan:

@@ -69,6 +69,11 @@ class Samplers:
         """Whether layers are still looked at."""
         return self._layers.active
 
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group at the step measured last, as the schedule sets it."""
+        return self._course.rates
+
     def follow(self) -> None:
         """The optimizer has other parameters from now on."""
         self._layers.follow(self._optimizer, self._trained_elsewhere)

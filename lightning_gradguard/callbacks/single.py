@@ -157,6 +157,7 @@ class LearningRateBackoff(SingleResponse):
         min_scale: The rate is never cut below this share of the schedule's.
         cooldown_steps: Steps to wait after a cut before the next one.
         recovery_steps: Healthy steps after which a cut is half undone.
+        max_leap: How far beyond its highest value the schedule's own rate may rise in one step.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -174,8 +175,11 @@ class LearningRateBackoff(SingleResponse):
         min_scale: float = respond.LearningRateBackoff.min_scale,
         cooldown_steps: int = respond.LearningRateBackoff.cooldown_steps,
         recovery_steps: int = respond.LearningRateBackoff.recovery_steps,
+        max_leap: float = respond.LearningRateBackoff.max_leap,
     ) -> None:
-        settings = respond.LearningRateBackoff(factor, min_scale, cooldown_steps, recovery_steps)
+        settings = respond.LearningRateBackoff(
+            factor, min_scale, cooldown_steps, recovery_steps, max_leap
+        )
         super().__init__("backoff", settings)
 
 

@@ -40,6 +40,14 @@ class Agreement:
         return self._world_size == 1
 
     @property
+    def lag(self) -> int:
+        """Steps after which all ranks have taken in what one of them has found with a step.
+
+        It is read there, sent with the next step, and read again.
+        """
+        return 0 if self.alone else 2 * self._delay + 1
+
+    @property
     def owes(self) -> bool:
         """Whether this rank has failed and others still wait for its numbers."""
         return self._owed > 0

@@ -72,11 +72,7 @@ class FusedControls:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._active = False
-        self._drops_safely = not isinstance(optimizer, torch.optim.SGD)
-
-    def renew(self) -> None:
-        """The optimizer's state was put back to what it was earlier: momentum may be missing."""
-        self._drops_safely = not isinstance(self._optimizer, torch.optim.SGD)
+        self._sgd = isinstance(optimizer, torch.optim.SGD)
 
     def apply(
         self,
@@ -108,7 +104,7 @@ class FusedControls:
         else:
             scale = torch.ones_like(norm)
         found_inf = bad.to(torch.float32)
-        if plan.may_skip and not self._drops_safely:
+        if plan.may_skip and self._sgd:
             self._drop_before_momentum(bad)
         for name, value in zip(self._NAMES, (scale, found_inf), strict=True):
             setattr(self._optimizer, name, value)
@@ -120,24 +116,23 @@ class FusedControls:
         return coefficient.masked_fill_(bad, 0.0)
 
     def _drop_before_momentum(self, bad: Tensor) -> None:
-        """Drop on the host while SGD has no momentum yet.
+        """Drop on the host where SGD has no momentum yet: at a start, and in a group that is new.
 
         torch allocates the buffers before the kernel runs and leaves them uninitialized if the
         kernel then does nothing; the next step would start from whatever was in that memory.
         """
-        if all(map(self._has_momentum, self._optimizer.param_groups)):
-            self._drops_safely = True
-        elif bad.item():
-            for group in self._optimizer.param_groups:
+        groups = self._optimizer.param_groups
+        if any(map(self._lacks_momentum, groups)) and bad.item():
+            for group in groups:
                 drop_gradients(group["params"])
 
-    def _has_momentum(self, group: Mapping[str, Any]) -> bool:
-        state = self._optimizer.state
-        return group["momentum"] == 0 or all(
-            state[p].get("momentum_buffer") is not None
-            for p in group["params"]
-            if p.grad is not None
-        )
+    def _lacks_momentum(self, group: Mapping[str, Any]) -> bool:
+        """Whether this step makes the buffers: torch makes all of one step's, or none."""
+        if group["momentum"] == 0:
+            return False
+        first = next((p for p in group["params"] if p.grad is not None), None)
+        state = {} if first is None else self._optimizer.state.get(first, {})
+        return first is not None and state.get("momentum_buffer") is None
 
     def restore(self) -> None:
         """Take the controls off again."""

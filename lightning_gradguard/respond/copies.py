@@ -143,10 +143,11 @@ def bytes_on_a_rank(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
-    """() whether every element is a number, on the device of the first; ``None`` if there is none.
+def largest_elements(tensors: Iterable[Tensor]) -> Tensor | None:
+    """(N,) the largest magnitude in each tensor that has any, on the device of the first.
 
-    By the largest element of each tensor: squares of weights that are finite may not be.
+    Squares of weights that are finite may not be, so no other norm would do. Integers are left out;
+    ``None`` if nothing is left.
     """
     locals_ = [local_tensor(t).detach() for t in tensors]
     floating = [torch.view_as_real(t) if t.is_complex() else t for t in locals_]
@@ -156,7 +157,18 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
     largest = torch._foreach_norm(floating, math.inf)
     wide = any(n.dtype is torch.float64 for n in largest)
     dtype, device = torch.float64 if wide else torch.float32, floating[0].device
-    return torch.stack([n.to(device, dtype) for n in largest]).isfinite().all()
+    return torch.stack([n.to(device, dtype) for n in largest])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
+    """() whether every element is a number, on the device of the first; ``None`` if there is none.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
+        tensor(False)
+    """
+    largest = largest_elements(tensors)
+    return None if largest is None else largest.isfinite().all()
 
 
 def is_writable(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_gradguard.diagnose import Finding, Pathology, RobustBaseline, Severity
 from lightning_gradguard.respond.actions import Action, ActionKind
@@ -20,6 +20,7 @@ from lightning_gradguard.respond.clip_thresholds import (
 )
 from lightning_gradguard.respond.clipping import AdaptiveClip, ClipStrategy
 from lightning_gradguard.respond.learning_rate import LearningRateBackoff, LearningRateScale
+from lightning_gradguard.respond.rate_jumps import FollowedRate
 from lightning_gradguard.respond.rollback import RollbackBudget, WeightRollback, ask_to_go_back
 from lightning_gradguard.respond.skipping import SkipBadSteps, SkipBudget
 from lightning_gradguard.respond.update_cap import RatioSchedule, UpdateCap
@@ -30,6 +31,11 @@ _AS_SAID = {
     Pathology.EXPLODING: "exploding",
     Pathology.LOSS_SPIKE: "stuck after a spike of its loss",
 }
+
+
+_Rung: TypeAlias = (
+    ClipThresholds | SkipBudget | RatioSchedule | LearningRateScale | FollowedRate | RollbackBudget
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Ladder:
         self.budget = SkipBudget(settings.skip) if settings.skip else None
         self.schedule = RatioSchedule(settings.cap) if settings.cap else None
         self.rate = LearningRateScale(settings.backoff) if settings.backoff else None
+        self.followed = FollowedRate(settings.backoff.max_leap) if settings.backoff else None
         self.rollback = RollbackBudget(settings.rollback) if settings.rollback else None
         self.should_stop = False
         self.puts_back = False
@@ -112,6 +119,25 @@ class Ladder:
     def median_norm(self) -> float | None:
         """The run's own median gradient norm, or ``None`` while it is not known."""
         return math.exp(self.baseline.median) if self.baseline.ready else None
+
+    def follow(self, step: int, rates: Sequence[float]) -> list[Action]:
+        """Take in the learning rates of the coming step; returns what changes because of them.
+
+        Args:
+            step: The coming step.
+            rates: As the schedule sets them, of each parameter group; NaN where not known.
+        """
+        if self.followed is None:
+            return []
+        before = self.followed.scale
+        scale = self.followed.follow(rates)
+        if scale == 1.0 or before < 1.0:
+            return []
+        message = (
+            f"The learning rate leaps to {rates[0]:.3g} at step {step}; it is followed over the "
+            f"next {self.followed.steps_left} steps, as a warm-up would have led to it."
+        )
+        return [Action(ActionKind.BACK_OFF, step, message, {"lr_scale": scale})]
 
     def plan(self) -> StepPlan:
         """The bounds of the next step."""
@@ -128,7 +154,8 @@ class Ladder:
             skip_limit=skip.limit(median) if skip else math.inf,
             may_skip=skip is not None,
             max_ratio=self.schedule.ratio if self.schedule else math.inf,
-            lr_scale=self.rate.scale if self.rate else 1.0,
+            lr_scale=(self.rate.scale if self.rate else 1.0)
+            * (self.followed.scale if self.followed else 1.0),
         )
 
     def observe(
@@ -207,7 +234,7 @@ class Ladder:
     def _why_lost(self, *, weights_broken: bool) -> str:
         """Why the run cannot go on as it is, in words; empty if it can."""
         if weights_broken:
-            return "the weights are not finite"
+            return "the weights are broken: not finite, or out of all proportion to their last copy"
         if self.budget is not None and self.budget.spent:
             return (
                 f"{self.budget.consecutive} steps in a row had to be skipped, "
@@ -320,16 +347,13 @@ class Ladder:
         if self.budget is not None and self.budget.spent:
             self.budget.consecutive = 0
 
-    def _parts(
-        self,
-    ) -> list[
-        tuple[str, ClipThresholds | SkipBudget | RatioSchedule | LearningRateScale | RollbackBudget]
-    ]:
-        parts = {
+    def _parts(self) -> list[tuple[str, _Rung]]:
+        parts: dict[str, _Rung | None] = {
             "clip": self.clip,
             "budget": self.budget,
             "schedule": self.schedule,
             "rate": self.rate,
+            "followed": self.followed,
             "rollback": self.rollback,
         }
         return [(name, part) for name, part in parts.items() if part is not None]

@@ -22,6 +22,11 @@ class LearningRateBackoff:
             time to show, and repeated cuts on one cause would overshoot.
         recovery_steps: Healthy steps after which a cut is half undone (multiplied by
             ``factor ** -0.5``). Default 50.
+        max_leap: How far beyond its highest value so far the schedule's own rate may rise in one
+            step. One that rises further is followed by 5% a step, as a warm-up would have led to
+            it; ``inf`` follows at once. Default 8: no schedule does so after its first ten steps,
+            and a slip by three orders of magnitude, undone 10 steps later, has then raised the rate
+            by 1.6.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -38,12 +43,14 @@ class LearningRateBackoff:
     min_scale: float = 1 / 64
     cooldown_steps: int = 25
     recovery_steps: int = 50
+    max_leap: float = 8.0
 
     def __post_init__(self) -> None:
         check_number("factor", self.factor, above=0.0, below=1.0)
         check_number("min_scale", self.min_scale, above=0.0, at_most=1.0)
         check_number("cooldown_steps", self.cooldown_steps, at_least=0, integer=True)
         check_number("recovery_steps", self.recovery_steps, at_least=1, integer=True)
+        check_number("max_leap", self.max_leap, above=1.0)
 
 
 class LearningRateScale:

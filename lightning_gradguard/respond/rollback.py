@@ -12,8 +12,8 @@ from typing import Any
 from lightning_gradguard._validation import check_number
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
 
-# The weights are looked at on the first step of a row that is not finite, and on every 8th after
-# it: each look costs a pass over them, and a NaN in them does not go away.
+# The weights are looked at on the first of a row of bad steps, and on every 8th after it: each look
+# costs a pass over them, and what breaks them does not go away.
 _LOOK_EVERY = 8
 
 # While one of these is open, the weights of the moment may hold the beginning of the trouble. One
@@ -87,13 +87,13 @@ class RollbackBudget:
         """Whether there is no rollback left."""
         return self.stopped or self.used >= self.settings.max_rollbacks
 
-    def looks(self, *, finite: bool) -> bool:
+    def looks(self, *, good: bool) -> bool:
         """Take in a step; returns whether the weights are to be looked at after it.
 
         Args:
-            finite: Whether its loss and its gradient were.
+            good: Whether it was taken, and its loss and its gradient were finite.
         """
-        self._in_a_row = 0 if finite else self._in_a_row + 1
+        self._in_a_row = 0 if good else self._in_a_row + 1
         return self._in_a_row % _LOOK_EVERY == 1
 
     def follow(self, *, healthy: bool) -> None:

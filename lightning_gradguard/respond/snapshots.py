@@ -11,15 +11,20 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.measure.readback import PendingRead
 from lightning_gradguard.measure.sharding import local_tensor
+from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.respond.copies import (
     TensorCopy,
     all_finite,
     bytes_on_a_rank,
     copy_of,
     is_writable,
+    largest_elements,
     put_back,
     tensors_in,
 )
+
+# Times the largest weight of a tensor in its copy.
+_OUT_OF_SCALE = 1000.0
 
 
 @dataclass
@@ -101,6 +106,24 @@ class WeightSnapshots:
         """Whether every weight in the newest copy is; waits for the copy."""
         newest = self._candidate or self._confirmed
         return newest is None or newest.finite is None or bool(newest.finite.wait()[0])
+
+    def far_from_copy(self) -> bool:
+        """Whether a weight is out of all proportion to those of the copy to go back to.
+
+        No training multiplies the largest weight of a tensor by 1,000 between two copies; a flipped
+        bit of an exponent does. Waits for the copy.
+        """
+        chosen = self._confirmed or self._candidate
+        if chosen is None:
+            return False
+        for event in chosen.arrived.values():
+            event.synchronize()
+        kept = [p for p in self._parameters() if p in chosen.weights]
+        now = largest_elements(kept)
+        before = largest_elements(chosen.weights[p].host for p in kept)
+        if now is None or before is None:
+            return False
+        return bool((now.cpu() > _OUT_OF_SCALE * before.clamp(min=RMS_FLOOR)).any())
 
     @torch.no_grad()
     def take(self, step: int) -> None:

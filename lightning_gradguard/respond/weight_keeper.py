@@ -15,7 +15,7 @@ logger = logging.getLogger("lightning_gradguard")
 
 
 class WeightKeeper:
-    """Copies weights when told to, unless they are too large, and finds NaN and Inf in them.
+    """Copies weights when told to, unless they are too large, and finds out when they are broken.
 
     Args:
         model: Whose buffers are copied.
@@ -84,9 +84,9 @@ class WeightKeeper:
             logger.warning("GradGuard leaves out going back to earlier weights: %s.", reason)
 
     def finds_damage(self, step: int, *, look: bool) -> bool:
-        """Whether NaN or Inf was found in the weights.
+        """Whether the weights hold NaN, Inf or what is out of all proportion to their copy.
 
-        Weights that hold some from the start, as a mask may, are not judged.
+        Weights that hold NaN or Inf from the start, as a mask may, are not judged.
 
         Args:
             step: The step that is accounted for. What the newest copy holds is read with the step
@@ -107,6 +107,7 @@ class WeightKeeper:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
             finite_now = all_finite(parameters)
             damaged = finite_now is not None and not bool(finite_now)
+            damaged = damaged or snapshots.far_from_copy()
         return damaged and self._judges is True
 
     def restore(self) -> None:

@@ -141,7 +141,7 @@ def test_broken_weights_go_back_at_once() -> None:
     ladder = Ladder(SETTINGS)
     actions = skip(ladder, 3, weights_broken=True, restorable=1)
     assert kinds(actions) == [ActionKind.SKIP, ActionKind.ROLL_BACK]
-    assert "the weights are not finite" in actions[-1].message
+    assert "the weights are broken" in actions[-1].message
 
 
 def test_broken_weights_and_nothing_to_go_back_to_stop_the_run() -> None:
@@ -250,9 +250,9 @@ def test_which_open_findings_hinder_a_copy() -> None:
 
 def test_the_weights_are_looked_at_first_and_then_rarely() -> None:
     budget = RollbackBudget(WeightRollback())
-    assert [n for n in range(20) if budget.looks(finite=False)] == [0, 8, 16]
-    assert not budget.looks(finite=True)
-    assert budget.looks(finite=False)
+    assert [n for n in range(20) if budget.looks(good=False)] == [0, 8, 16]
+    assert not budget.looks(good=True)
+    assert budget.looks(good=False)
 
 
 # -- it ends ---------------------------------------------------------------------------------------
