@@ -72,7 +72,8 @@ class WatchedParameters:
             self._optimizer,
             self.meter.parameters,
             on_device=self._on_device,
-            large_ratio=cap.max_ratio,
+            large_ratio=cap.widest_ratio,
+            ordinary_ratio=cap.max_ratio,
         )
 
     def renew_bound(self) -> None:

@@ -16,27 +16,34 @@ from hypothesis import strategies as st
 from lightning_gradguard import GradGuard, GradientMonitor, GuardEngine
 from lightning_gradguard._validation import check_choice, check_number, check_type
 from lightning_gradguard.diagnose import Thresholds
+from lightning_gradguard.incidents import Incidents
 from lightning_gradguard.measure.readback import DelayedRead
 from lightning_gradguard.measure.updates import UpdateSampler
 from lightning_gradguard.record import Recorder
 from lightning_gradguard.respond import (
     AdaptiveClip,
+    LayerBoost,
     LearningRateBackoff,
     NormClip,
     PercentileClip,
     SkipBadSteps,
     UpdateCap,
+    VanishingRegularizer,
+    WeightRollback,
     ZScoreClip,
 )
 
 SETTINGS = (
     AdaptiveClip,
+    Incidents,
+    LayerBoost,
     LearningRateBackoff,
     NormClip,
     PercentileClip,
     SkipBadSteps,
     UpdateCap,
     Thresholds,
+    WeightRollback,
     ZScoreClip,
 )
 # A choice of words has no range; see respond/test_clipping_settings.py.
@@ -93,10 +100,21 @@ OUT_OF_RANGE: list[tuple[Any, str, Any]] = [
     (UpdateCap, "window", 1),
     (UpdateCap, "tighten", 1.0),
     (UpdateCap, "loosen", 1.0),
+    (WeightRollback, "every_n_steps", 0),
+    (WeightRollback, "max_rollbacks", 0),
+    (WeightRollback, "max_bytes", 0),
+    (LayerBoost, "max_boost", 1.0),
+    (LayerBoost, "max_change", math.inf),
+    (VanishingRegularizer, "weight", -1.0),
+    (VanishingRegularizer, "every_n_steps", 0),
+    (Incidents, "max_count", 0),
     (GradGuard, "mode", "guard"),
     (GradGuard, "layer_depth", 0),
     (GradientMonitor, "layer_depth", 0),
     (engine, "mode", "guard"),
+    (engine, "planned_steps", 0),
+    (engine, "optimizers", 0),
+    (engine, "exact_every_n_steps", 0),
     (DelayedRead, "delay", -1),
     (lambda samples: UpdateSampler([], samples), "samples", 0),
     (lambda max_rows: Recorder(max_rows=max_rows), "max_rows", 0),
@@ -111,6 +129,10 @@ def test_values_out_of_range(make: Any, name: str, value: Any) -> None:
 WRONG_TYPE: list[tuple[Any, str, Any]] = [
     *((make, name, 1.0) for make in (GradGuard, engine) for name in ("clip", "cap", "skip")),
     *((make, "backoff", True) for make in (GradGuard, engine)),
+    *((make, "rollback", True) for make in (GradGuard, engine)),
+    *((make, "clip", name) for make in (GradGuard, engine) for name in ("agc", "AdaptiveClip")),
+    *((make, "vanishing", LayerBoost()) for make in (GradGuard, engine)),
+    *((make, "boost", 2.0) for make in (GradGuard, engine)),
     *((make, "thresholds", {}) for make in (GradGuard, GradientMonitor, engine)),
     *((make, "events", 1) for make in (GradGuard, GradientMonitor)),
     *((make, "layer_depth", "1") for make in (GradGuard, GradientMonitor)),
@@ -121,6 +143,26 @@ WRONG_TYPE: list[tuple[Any, str, Any]] = [
     (lambda samples: UpdateSampler([], samples), "samples", "64"),
     (lambda max_rows: Recorder(max_rows=max_rows), "max_rows", 1.5),
 ]
+
+
+@pytest.mark.parametrize("make", [GradGuard, engine], ids=ids)
+@pytest.mark.parametrize(
+    ("name", "response"),
+    [
+        ("clip", NormClip(1.0)),
+        ("cap", UpdateCap(0.02)),
+        ("skip", SkipBadSteps(max_consecutive=3)),
+        ("backoff", LearningRateBackoff(factor=0.1)),
+        ("rollback", WeightRollback(max_rollbacks=1)),
+        ("vanishing", VanishingRegularizer()),
+        ("boost", LayerBoost()),
+    ],
+)
+def test_who_only_observes_asks_for_no_response(make: Any, name: str, response: Any) -> None:
+    message = rf"^{name} must be left out with mode='observe', .+, got {re.escape(repr(response))}$"
+    with pytest.raises(ValueError, match=message):
+        make(mode="observe", **{name: response})
+    make(mode="observe", **{name: None})
 
 
 @pytest.mark.parametrize(("make", "name", "value"), WRONG_TYPE, ids=ids)
@@ -139,9 +181,9 @@ def test_the_defaults_are_allowed_and_frozen(cls: Any) -> None:
 @pytest.mark.parametrize("name", [f.name for f in fields(UpdateCap) if "ratio" in f.name])
 def test_bounds_of_the_cap_are_in_order(name: str) -> None:
     for cap in (UpdateCap(), UpdateCap(max_ratio=0.002), UpdateCap(start_ratio=0.001)):
-        assert 0.0 < cap.least_ratio <= cap.first_ratio <= cap.max_ratio
-    bounds = {"max_ratio": 0.05, "start_ratio": 0.02, "min_ratio": 0.01}
-    wrong = {"max_ratio": 0.005, "start_ratio": 0.1, "min_ratio": 0.1}
+        assert 0.0 < cap.least_ratio <= cap.first_ratio <= cap.widest_ratio <= cap.max_ratio
+    bounds = {"max_ratio": 0.05, "wide_ratio": 0.04, "start_ratio": 0.02, "min_ratio": 0.01}
+    wrong = {"max_ratio": 0.005, "wide_ratio": 0.06, "start_ratio": 0.05, "min_ratio": 0.1}
     with pytest.raises(ValueError, match=r"must be .+, got"):
         UpdateCap(**{**bounds, name: wrong[name]})
 

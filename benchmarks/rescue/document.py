@@ -33,8 +33,9 @@ contenders see the same weights and batches.
 characters. *Target* is {share:.0%} of the way from knowing nothing to the best mean score that
 anything but the guard has at any rate; where that best is less than {least} above knowing nothing
 there is no target, and the row is left out of the counts. *Range* is 0.5 decades for each rate
-that reaches the target, mean over seeds. Constants of the guard were tuned on {tuned}, with
-other sizes, budgets and seeds; {held_out} were not looked at for it.
+that reaches the target, mean over seeds. Constants of the guard were tuned on runs of seeds 0 and 1
+of {tuned} ([default-response.md](default-response.md)); {held_out} and all later seeds were not
+used for it. Nothing was tuned for any other contender.
 
 Numbers that vanish are flushed to zero, for all alike: they cost some processors fifteen times the
 time. This page is written by the command ({cpu}, torch {torch}, one thread a run), and a test
@@ -73,8 +74,8 @@ def _head(result: Mapping[str, Any]) -> str:
         seeds=result["settings"]["seeds"],
         share=TARGET_SHARE,
         least=LEAST_LEARNED,
-        tuned=_enumerated(names[True]),
-        held_out=_enumerated(names[False]),
+        tuned=_joined(names[True]),
+        held_out=_joined(names[False]),
         cpu=result["machine"]["cpu"],
         torch=result["machine"]["packages"]["torch"],
     )

@@ -74,6 +74,7 @@ class UpdateCap(SingleResponse):
 
     Args:
         max_ratio: See :class:`lightning_gradguard.respond.UpdateCap`, as for all arguments.
+        wide_ratio: The widest share while the learning rate is no ordinary one.
         start_ratio: The share at the start.
         min_ratio: The tightest share.
         adaptive: Whether the share follows the loss.
@@ -97,6 +98,7 @@ class UpdateCap(SingleResponse):
     def __init__(
         self,
         max_ratio: float = respond.UpdateCap.max_ratio,
+        wide_ratio: float | None = respond.UpdateCap.wide_ratio,
         start_ratio: float | None = respond.UpdateCap.start_ratio,
         min_ratio: float | None = respond.UpdateCap.min_ratio,
         adaptive: bool = respond.UpdateCap.adaptive,
@@ -109,6 +111,7 @@ class UpdateCap(SingleResponse):
     ) -> None:
         settings = respond.UpdateCap(
             max_ratio=max_ratio,
+            wide_ratio=wide_ratio,
             start_ratio=start_ratio,
             min_ratio=min_ratio,
             adaptive=adaptive,

@@ -58,6 +58,7 @@ class UpdateShrinker:
         self._copies: list[Tensor] = []
         self._floors_N = torch.zeros(0)
         self._ratios_N = torch.zeros(0)
+        self._numbers_N = torch.zeros(0, dtype=torch.long)
         self._given: list[float] = []
         self._given_N = torch.zeros(0)
         self._reducer = ShardReducer([])
@@ -71,7 +72,9 @@ class UpdateShrinker:
             self._copies = [torch.empty_like(t) for t in tensors]
             self._reducer = ShardReducer([self._parameters[i] for i in chosen])
             floors = [real_numel(t) * RMS_FLOOR**2 for t in tensors]
-            self._floors_N = torch.tensor(floors, device=tensors[0].device if tensors else None)
+            device = tensors[0].device if tensors else None
+            self._floors_N = torch.tensor(floors, device=device)
+            self._numbers_N = torch.tensor(chosen, dtype=torch.long, device=device)
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
 
@@ -115,6 +118,12 @@ class UpdateShrinker:
             return 0
         count = (self._ratios_N > ratio).sum()
         return count if self._on_device else int(count)
+
+    def unshrunk(self, ratios_P: Tensor) -> Tensor:
+        """(P,) measured ratios, of the copied tensors as the last step was before it was shrunk."""
+        if not self._chosen:
+            return ratios_P
+        return ratios_P.index_copy(0, self._numbers_N, self._ratios_N.to(ratios_P))
 
     def _ratios(self, tensors: list[Tensor]) -> Tensor:
         """(N,) ‖ΔW‖ / max(‖W‖, floor) of the step just taken."""

@@ -33,6 +33,7 @@ class SampledBound(ShrinkingBound):
         self._sampler = UpdateSampler(parameters)
         self._forecast = UpdateForecast()
         self._rates: list[float] = []
+        self._resumed = False
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(P,) the expected updates at the last learning rate."""
@@ -45,6 +46,9 @@ class SampledBound(ShrinkingBound):
         self, max_ratio: float, coefficient: float | Tensor, seen: Sequence[float]
     ) -> None:
         """Copy the tensors that may come near the cap; all of them where nothing is known."""
+        if self._resumed:  # the sample of the weights as the last step has left them
+            self._resumed = False
+            self._sampler.ratios()
         self._max_ratio = max_ratio
         growth = self._rate_growth()
         near = NEAR_SHARE * max_ratio
@@ -73,12 +77,25 @@ class SampledBound(ShrinkingBound):
         """Shrink what went beyond the cap; returns how many tensors did."""
         capped = self._shrinker.shrink(self._max_ratio)
         self.large = self._shrinker.beyond(self._large_ratio)
-        self._forecast.record(self._sampler.ratios())
+        ratios = self._sampler.ratios()
+        # The next update may be as large again, and the cap wider by then.
+        self._forecast.record(None if ratios is None else self._shrinker.unshrunk(ratios))
         return capped
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: after a resume every tensor is copied once, with the same result."""
-        return {}
+        """Plain values from which :meth:`load_state_dict` continues exactly."""
+        return {
+            "forecast": self._forecast.state_dict(),
+            "rates": list(self._rates),
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Start afresh."""
+        """Continue from a saved state."""
+        known = state.get("forecast", {}).get("norms")
+        if known is None or len(known) != len(self._parameters):
+            return
+        self._forecast.load_state_dict(state["forecast"])
+        self._rates = [float(rate) for rate in state["rates"]]
+        self._steps = int(state["steps"])
+        self._resumed = True

@@ -30,6 +30,14 @@ class StepSizeBound(ShrinkingBound):
     The tensors for which the step would be larger have their update scaled by the same factor at
     every step, as if their learning rate were smaller. So the bound does not depend on how well
     the gradients of the moment agree.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Its parameters, each once.
+        on_device: Decide on the device, with no host read.
+        large_ratio: What counts as a large relative update, whether or not it is held back.
+        ordinary_ratio: While no more than half of the tensors are large, the learning rate is an
+            ordinary one, and they are held to this instead of a smaller ``max_ratio``.
     """
 
     def __init__(
@@ -39,8 +47,10 @@ class StepSizeBound(ShrinkingBound):
         *,
         on_device: bool,
         large_ratio: float = math.inf,
+        ordinary_ratio: float = 0.0,
     ) -> None:
         super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
+        self._ordinary_ratio = ordinary_ratio
         self._weights = WeightNorms(parameters)
         self._group_of = group_numbers(optimizer, parameters)
         self._roots = [math.sqrt(real_numel(p)) for p in parameters]
@@ -70,11 +80,13 @@ class StepSizeBound(ShrinkingBound):
         """Copy the tensors whose step is large."""
         if seen:
             self._learn(seen)
-        self._max_ratio = max_ratio
         self._steps += 1
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        if max_ratio < self._ordinary_ratio and self._is_ordinary(rates):
+            max_ratio = self._ordinary_ratio
+        self._max_ratio = max_ratio
         early = self._steps <= FIRST_STEPS and isinstance(self._optimizer, _LATE_TO_NORMALIZE)
         near = 0.0 if early else NEAR_SHARE * max_ratio
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
             self.large = 0
             self._shrinker.copy([])
@@ -92,6 +104,16 @@ class StepSizeBound(ShrinkingBound):
         # A warm-up may begin with a rate of zero, at which nothing moves.
         self._scales = [max_ratio / max(expected[i], max_ratio) for i in chosen]
         self._shrinker.copy(chosen)
+
+    def _is_ordinary(self, rates: Sequence[float]) -> bool:
+        """Whether no more than half of the tensors would make a large step."""
+        if all(r * peak <= self._large_ratio for r, peak in zip(rates, self._peaks, strict=True)):
+            return True
+        large = sum(
+            rates[group] * potential > self._large_ratio
+            for group, potential in zip(self._group_of, self._potentials, strict=True)
+        )
+        return large <= len(self._potentials) // 2
 
     def after_step(self) -> int | Tensor:
         """Scale the large updates down; returns how many there were."""

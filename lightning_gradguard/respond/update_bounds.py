@@ -80,6 +80,7 @@ def make_bound(
     *,
     on_device: bool,
     large_ratio: float = math.inf,
+    ordinary_ratio: float = 0.0,
 ) -> UpdateBound:
     """The bound for this optimizer.
 
@@ -88,14 +89,19 @@ def make_bound(
         parameters: Its parameters, each once.
         on_device: Decide on the device, with no host read.
         large_ratio: What counts as a large relative update, whether or not it is held back.
+        ordinary_ratio: Where the size of a step is known beforehand, this is what counts as large,
+            and what tensors are held to while most of them are not.
     """
-    kind: type[GradientBound | StepSizeBound | SampledBound]
-    if type(optimizer) is torch.optim.SGD:
-        kind = GradientBound
-    elif isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
-        kind = StepSizeBound
-    else:
-        kind = SampledBound
+    if isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
+        return StepSizeBound(
+            optimizer,
+            parameters,
+            on_device=on_device,
+            large_ratio=max(large_ratio, ordinary_ratio),
+            ordinary_ratio=ordinary_ratio,
+        )
+    kind: type[GradientBound | SampledBound]
+    kind = GradientBound if type(optimizer) is torch.optim.SGD else SampledBound
     return kind(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
 
 

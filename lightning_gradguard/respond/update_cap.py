@@ -19,17 +19,22 @@ class UpdateCap:
     """Let no tensor move by more than a share of its own norm in one step.
 
     With ``adaptive``, the share follows the loss while most tensors would move by more than the
-    widest share. If the loss gets worse beyond its noise, it is tightened. If it neither improves
-    nor gets worse, either the updates are too large or the run is on a plateau; so smaller ones are
-    tried for two windows, kept if the loss improves, and otherwise taken back. After each trial in
-    vain the next one waits twice as long. In all other cases it is loosened: fast until it is
-    tightened for the first time. The reasons for the defaults, with the trials that led to them,
-    are in ``docs/default-response.md``.
+    widest share; the learning rate is then no ordinary one. If the loss gets worse beyond its
+    noise, it is tightened. If it neither improves nor gets worse, either the updates are too
+    large or the run is on a plateau; so smaller ones are tried for two windows, kept if the
+    loss improves, and otherwise taken back. After each trial in vain the next one waits twice
+    as long. In all other cases it is loosened: fast until it is tightened for the first time.
+    The reasons for the defaults, with the trials that led to them, are in ``docs/default-
+    response.md``.
 
     Args:
-        max_ratio: The widest share. Default 0.1.
-        start_ratio: The share at the start. Default 0.3 · ``max_ratio``.
-        min_ratio: The tightest share. Default ``max_ratio`` / 30, or ``start_ratio`` if less.
+        max_ratio: No update is larger. Default 0.15: Adam and its relatives, whose steps have the
+            size of their learning rate, are held to this alone as long as most tensors stay below
+            it, so that ordinary rates are left as they are.
+        wide_ratio: The widest share otherwise. Default 2/3 · ``max_ratio``, or ``start_ratio`` if
+            that is more.
+        start_ratio: The share at the start. Default 0.3 · ``wide_ratio``.
+        min_ratio: The tightest share. Default ``wide_ratio`` / 30, or ``start_ratio`` if less.
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
@@ -53,7 +58,8 @@ class UpdateCap:
         ValueError: start_ratio must be a number > 0 and <= 0.02, got 0.05
     """
 
-    max_ratio: float = 0.1
+    max_ratio: float = 0.15
+    wide_ratio: float | None = None
     start_ratio: float | None = None
     min_ratio: float | None = None
     adaptive: bool = True
@@ -66,8 +72,11 @@ class UpdateCap:
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, above=0.0)
+        if self.wide_ratio is not None:
+            check_number("wide_ratio", self.wide_ratio, above=0.0, at_most=self.max_ratio)
         if self.start_ratio is not None:
-            check_number("start_ratio", self.start_ratio, above=0.0, at_most=self.max_ratio)
+            most = self.max_ratio if self.wide_ratio is None else self.wide_ratio
+            check_number("start_ratio", self.start_ratio, above=0.0, at_most=most)
         if self.min_ratio is not None:
             check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.first_ratio)
         check_type("adaptive", self.adaptive, bool, "True or False")
@@ -79,15 +88,24 @@ class UpdateCap:
         check_number("confidence", self.confidence, at_least=0.0)
 
     @property
+    def widest_ratio(self) -> float:
+        """``wide_ratio``, filled in."""
+        if self.wide_ratio is None:
+            return max(2 / 3 * self.max_ratio, self.start_ratio or 0.0)
+        return self.wide_ratio
+
+    @property
     def first_ratio(self) -> float:
         """``start_ratio``, filled in."""
-        return 0.3 * self.max_ratio if self.start_ratio is None else self.start_ratio
+        if self.start_ratio is None:
+            return 0.3 * self.widest_ratio
+        return self.start_ratio
 
     @property
     def least_ratio(self) -> float:
         """``min_ratio``, filled in."""
         if self.min_ratio is None:
-            return min(self.max_ratio / 30, self.first_ratio)
+            return min(self.widest_ratio / 30, self.first_ratio)
         return self.min_ratio
 
 
@@ -98,11 +116,13 @@ class Trial:
     Args:
         before: The share before it.
         losses: Those of the window before it.
+        trend: What the loss fell by from window to window before it, at least 0.
         windows: How many are left.
     """
 
     before: float
     losses: list[float]
+    trend: float
     windows: int
 
 
@@ -147,8 +167,8 @@ class RatioSchedule:
 
         Args:
             loss: Loss of the step, if known.
-            large_share: Share of tensors whose update would have been beyond the widest share, in
-                [0, 1].
+            large_share: Share of tensors whose update would have been large, in [0, 1]: beyond the
+                widest share, or of Adam and its relatives beyond the largest.
         """
         if not self.settings.adaptive or loss is None:
             return 1.0
@@ -195,14 +215,20 @@ class RatioSchedule:
         """The loss does not change: what is tried depends on how long."""
         self._unchanged += 1
         if self._unchanged >= self._patience:
-            self.trial = Trial(self.ratio, self._now, self._TRIAL_WINDOWS)
+            trend = max(median(self._before) - median(self._now), 0.0)
+            self.trial = Trial(self.ratio, self._now, trend, self._TRIAL_WINDOWS)
             self._tighten(self.settings.tighten)
         elif self._opening or self._patience > self._TRIED_TWICE:
             self._loosen()
 
     def _judge(self, trial: Trial) -> None:
-        """Keep a smaller share that helps, and take back one that does not."""
-        if _improved(trial.losses, self._now, self.settings.confidence):
+        """Keep a smaller share that helps, and take back one that does not.
+
+        It helps if the loss falls further than it would have as it went.
+        """
+        expected = trial.trend * (self._TRIAL_WINDOWS + 1 - trial.windows)
+        as_it_went = [loss - expected for loss in trial.losses]
+        if _improved(as_it_went, self._now, self.settings.confidence):
             self.trial, self._unchanged, self._patience = None, 0, 1
         elif trial.windows > 1:
             self.trial = replace(trial, windows=trial.windows - 1)
@@ -222,7 +248,7 @@ class RatioSchedule:
 
     def _loosen(self) -> None:
         factor = self.settings.opening if self._opening else self.settings.loosen
-        self.ratio = min(self.ratio * factor, self.settings.max_ratio)
+        self.ratio = min(self.ratio * factor, self.settings.widest_ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_gradguard.respond import UpdateCap
 from lightning_gradguard.respond.update_cap import RatioSchedule
 
-CAP = UpdateCap(window=4)
+CAP = UpdateCap(window=4, max_ratio=0.1, wide_ratio=0.1)
 LOSS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(-10, 10))
 STEPS = st.lists(st.tuples(LOSS, st.floats(0.0, 1.0)), max_size=120)
 # Halves of whole numbers: sums and differences are exact, and so are products with powers of two.
@@ -104,7 +104,7 @@ def window(loss: float, spread: float = 0.1) -> list[tuple[float, float]]:
 
 
 def test_it_opens_fast_until_it_is_tightened_for_the_first_time() -> None:
-    cap = replace(CAP, max_ratio=10.0, start_ratio=0.1)
+    cap = replace(CAP, max_ratio=10.0, wide_ratio=10.0, start_ratio=0.1)
     falling = [step for loss in (9.0, 8.0, 7.0) for step in window(loss)]
     assert ratios(falling, cap)[-1] == 0.1 * cap.opening**2
     worse, falls_again = window(8.0), window(6.0)

@@ -140,6 +140,19 @@ def test_any_other_optimizer(name: str) -> None:
         assert largest_share(name, factors, seed, jumps) <= 1.0 + ROUNDING
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("name", [*OTHERS, "rmsprop momentum", "rmsprop centered"])
+def test_a_cap_that_widens_at_once(name: str, on_device: bool) -> None:
+    """As after a trial in vain: updates that were shrunk say how large the next ones will be."""
+    parameters = weights()
+    run = Bounded(ALL[name](parameters), CAP, on_device)
+    for group in run.optimizer.param_groups:
+        group["lr"] *= 10.0
+    for step, _ in enumerate(gradient_steps(parameters, [1.0] * 60)):
+        run.max_ratio = CAP / 20 if 5 <= step % 30 < 20 else CAP
+        assert max(run.step()) <= run.max_ratio * (1.0 + ROUNDING)
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e6])
 @pytest.mark.parametrize("name", ["radam", "rmsprop", "rmsprop momentum", "rmsprop centered"])
 def test_the_first_steps_of_averages_that_start_at_zero(name: str, factor: float) -> None:
