@@ -484,3 +484,40 @@ def test_on_a_gpu_the_copy_is_made_beside_the_training(capturable: bool) -> None
     assert snapshots._confirmed.weights[next(model.parameters())].host.is_pinned()
     snapshots.restore()
     assert_same_bits([model.state_dict(), optimizer.state_dict()["state"]], before)
+
+
+def flip_exponent(weight: Tensor) -> None:
+    """The highest bit of the exponent of one element below 1, as faulty memory flips it."""
+    with torch.no_grad():
+        weight.view(-1)[0] = 0.3
+        weight.view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 30)
+
+
+def test_a_flipped_bit_is_out_of_all_proportion_and_training_is_not() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.3)
+    snapshots = WeightSnapshots(layer, optimizer)
+    assert not snapshots.far_from_copy()  # there is none
+    snapshots.take(0)
+    for _ in range(100):  # 100 steps of 0.3, also of a bias that was zero
+        optimizer.zero_grad()
+        (layer(torch.ones(2, 4)) - 100.0).square().sum().backward()
+        optimizer.step()
+    assert not snapshots.far_from_copy()
+    flip_exponent(layer.weight)
+    assert bool(layer.weight.isfinite().all())
+    assert snapshots.far_from_copy()
+    snapshots.restore()
+    assert not snapshots.far_from_copy()
+
+
+def test_the_keeper_takes_a_flipped_bit_for_damage_when_it_looks() -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    keeper = WeightKeeper(layer, optimizer, WeightRollback(), alone=True, silent=True)
+    keeper.take(0)
+    assert not keeper.finds_damage(0, look=True)
+    flip_exponent(layer.weight)
+    assert not keeper.finds_damage(1, look=False)
+    assert keeper.finds_damage(1, look=True)
