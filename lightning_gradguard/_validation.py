@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from operator import ge, gt, le, lt
 
@@ -67,3 +67,27 @@ def check_type(name: str, value: object, expected: type | tuple[type, ...], allo
     """Raise ``TypeError`` unless ``value`` is of type ``expected``; ``allowed`` names it."""
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_observes(
+    mode: str, responses: Mapping[str, object], defaults: Mapping[str, object]
+) -> None:
+    """Raise ``ValueError`` if a response is asked for in a mode that turns all of them off.
+
+    Args:
+        mode: The mode.
+        responses: What was given for each response; ``None`` and the default ask for nothing.
+        defaults: What each is if it is left out.
+
+    Example:
+        >>> check_observes("observe", {"cap": 3}, {"cap": 2})
+        Traceback (most recent call last):
+        ...
+        ValueError: cap must be left out with mode='observe', which turns every response off, got 3
+    """
+    for name, response in responses.items():
+        if mode == "observe" and response is not None and response != defaults[name]:
+            raise ValueError(
+                f"{name} must be left out with mode='observe', which turns every response off, "
+                f"got {response!r}"
+            )

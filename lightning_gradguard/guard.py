@@ -458,7 +458,7 @@ class GuardEngine(EngineResults):
             self._turn_off("the guard failed on another rank")
             return
         outcome = step.outcome.seen(total, loss, coefficient, step.segment_norms(clips))
-        if capped or large:
+        if (capped or large) and coefficient > 0.0:  # else there was no update to hold back
             outcome = replace(outcome, capped=int(capped), large=int(large))
         self._owed_holds += coefficient == 0.0
         self._take(step, replace(outcome, weights_broken=broken > 0))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_gradguard._validation import check_choice, check_type
+from lightning_gradguard._validation import check_choice, check_observes, check_type
 from lightning_gradguard.callbacks import single
 from lightning_gradguard.callbacks.asked import RUNGS
 from lightning_gradguard.callbacks.base import EngineCallback
@@ -124,15 +124,7 @@ class GradGuard(EngineCallback):
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             check_type(name, value, (kind, type(None)), f"a {kind.__name__} or None")
-        self._check_mode()
-
-    def _check_mode(self) -> None:
-        chosen = [name for name in RUNGS if self._chosen(name) and getattr(self, name) is not None]
-        if self.mode == "observe" and chosen:
-            raise ValueError(
-                f"{chosen[0]} must be left out with mode='observe', which turns every response "
-                f"off, got {getattr(self, chosen[0])!r}"
-            )
+        check_observes(mode, {name: getattr(self, name) for name in RUNGS}, _DEFAULTS)
 
     def _chosen(self, name: str) -> bool:
         """Whether the user has asked for other than the default."""

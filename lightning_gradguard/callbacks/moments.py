@@ -56,7 +56,7 @@ class Moments:
         """
         moments = list(self._last)
         after = [moment.steps[number] for moment in moments[1:]]
-        for moment, until in zip(moments, [*after, step + 1], strict=True):
+        for moment, until in zip(moments, [*after, step + 1], strict=False):
             if moment.steps[number] <= step < until:
                 return moment
         return None

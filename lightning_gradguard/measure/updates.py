@@ -5,7 +5,8 @@ Shape legend: ``P`` parameters, ``S`` sampled elements of all parameters togethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,6 +142,7 @@ class UpdateForecast:
     def __init__(self) -> None:
         self._norms_P: Tensor | None = None
         self._ratios_P: Tensor | None = None
+        self._saved: tuple[list[float], list[float]] | None = None
 
     def record(self, ratios_P: Tensor | None) -> None:
         """Take in the ratios of the step just taken, (P,); ``None`` where they are not known."""
@@ -154,6 +156,9 @@ class UpdateForecast:
 
         Returns ``None`` while there is no past, and NaN where nothing can be said.
         """
+        if self._saved is not None:
+            self._norms_P, self._ratios_P = map(norms_P.new_tensor, self._saved)
+            self._saved = None
         previous_P, self._norms_P = self._norms_P, norms_P
         if previous_P is None or self._ratios_P is None:
             return None
@@ -161,3 +166,16 @@ class UpdateForecast:
         # A tensor that did not move (no gradient, or an update lost in rounding) may move yet.
         ratios_P = self._ratios_P.to(norms_P.device).clamp(min=self._LEAST)
         return growth_P.clamp_(min=1.0).mul_(ratios_P)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values from which :meth:`load_state_dict` continues; ``None`` without a past."""
+        if self._saved is not None:
+            return dict(zip(("norms", "ratios"), self._saved, strict=True))
+        if self._norms_P is None or self._ratios_P is None:
+            return {"norms": None, "ratios": None}
+        return {"norms": self._norms_P.tolist(), "ratios": self._ratios_P.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state."""
+        norms, ratios = state["norms"], state["ratios"]
+        self._saved = None if norms is None or ratios is None else (list(norms), list(ratios))

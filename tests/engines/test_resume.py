@@ -12,12 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 import lightning_gradguard
 from lightning_gradguard import GradGuard
 from lightning_gradguard.record import read_events
+from lightning_gradguard.respond import LearningRateBackoff, UpdateCap
 from tests.engines.long_run import OPTIMIZERS, POISONED, STEPS, run
-from tests.models import Regression, assert_same_bits, loader, make_batches, quiet_trainer
+from tests.guard.loops import rmsprop
+from tests.models import (
+    Regression,
+    adamw,
+    assert_same_bits,
+    fused_adamw,
+    loader,
+    make_batches,
+    quiet_trainer,
+    sgd,
+)
 
 pytestmark = [
     # The resumed run continues in the directory of the killed one, or leaves its own checkpoints.
@@ -140,3 +152,70 @@ def test_a_checkpoint_written_without_the_guard_can_be_resumed_with_it(tmp_path:
     trainer = quiet_trainer(tmp_path, guard, max_epochs=2)
     trainer.fit(Regression(), loader(make_batches(4)), ckpt_path=tmp_path / "bare.ckpt")
     assert len(guard.history) == 4
+
+
+# -- in the middle of a back-off -------------------------------------------------------------------
+
+BACKING_OFF: dict[str, Any] = {
+    # Every update is large and the loss hardly changes, so that smaller ones are tried.
+    "cap": UpdateCap(max_ratio=1e-3, window=6),
+    "backoff": LearningRateBackoff(cooldown_steps=8, recovery_steps=8),
+    "rollback": None,
+}
+BATCHES = make_batches(100, poisoned=(52, 53, 54, 70, 71))
+SAVED_AT = (13, 37, 47, 53, 54, 56, 58, 71, 75)
+
+
+class BackingOff(Regression):
+    """Its loss gets worse for a while; batches follow from the number of the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        step = self.global_step
+        return self.loss(BATCHES[step]) * (60.0 if 40 <= step < 62 else 1.0)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * len(BATCHES))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class SaveAt(Callback):
+    """Checkpoints between two steps, and what the ladder is in the middle of at each."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stages: set[str] = set()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step not in SAVED_AT:
+            return
+        trainer.save_checkpoint(self.root / f"{trainer.global_step}.ckpt")
+        (guard,) = (c for c in trainer.callbacks if isinstance(c, GradGuard))
+        ladder: Any = guard.engines[0]._pipeline.ladder
+        stages = {
+            "trial": ladder.schedule.trial is not None,
+            "cooldown": not ladder.rate.settled,
+            "recovery": ladder.rate.settled and ladder.rate.scale < 1.0,
+            "skip streak": ladder.budget.consecutive > 0,
+        }
+        self.stages |= {name for name, holds in stages.items() if holds}
+
+
+@pytest.mark.parametrize(
+    "make_optimizer", [adamw, fused_adamw, sgd, rmsprop], ids=lambda f: f.__name__
+)
+def test_a_back_off_goes_on_where_it_was(tmp_path: Path, make_optimizer: Any) -> None:
+    def train(*callbacks: Callback, **arguments: Any) -> tuple[Any, Any, GradGuard]:
+        guard, model = GradGuard(**BACKING_OFF), BackingOff(make_optimizer)
+        how = {"max_epochs": -1, "max_steps": len(BATCHES)}
+        trainer = quiet_trainer(tmp_path, guard, *callbacks, **how)
+        trainer.fit(model, loader(list(range(30))), **arguments)
+        return trainer, model, guard
+
+    save = SaveAt(tmp_path)
+    whole = train(save)
+    assert save.stages == {"trial", "cooldown", "recovery", "skip streak"}
+    assert {action.kind.value for action in whole[2].actions} >= {"tighten", "back_off", "skip"}
+    for step in SAVED_AT:
+        resumed = train(ckpt_path=tmp_path / f"{step}.ckpt", weights_only=True)
+        assert_same_bits(outcome(*resumed, step), outcome(*whole, step), f"resumed at {step}")

@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, Any] = {
     "cap": UpdateCap(max_ratio=0.02, start_ratio=0.01, min_ratio=0.001, window=5),
     "backoff": LearningRateBackoff(cooldown_steps=5, recovery_steps=5),
 }
+HOW: dict[str, dict[str, Any]] = {"protect": ARGUMENTS, "observe": {"mode": "observe"}}
 
 
 def batches() -> list[Any]:
@@ -50,7 +51,7 @@ def checkpoint(loop: Loop) -> dict[str, Any]:
 
 
 def resume(make_optimizer: Any, state: dict[str, Any], mode: str) -> Loop:
-    loop = Loop(make_optimizer, mode=mode, **ARGUMENTS)
+    loop = Loop(make_optimizer, **HOW[mode])
     loop.model.load_state_dict(state["model"])
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.guard.load_state_dict(state["guard"])
@@ -70,8 +71,8 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     data = batches()
     if mode == "observe":
         data = [b for number, b in enumerate(data) if number not in (21, 22)]
-    whole = Loop(make_optimizer, mode=mode, **ARGUMENTS).run(data)
-    first = Loop(make_optimizer, mode=mode, **ARGUMENTS).run(data[:at])
+    whole = Loop(make_optimizer, **HOW[mode]).run(data)
+    first = Loop(make_optimizer, **HOW[mode]).run(data[:at])
     second = resume(make_optimizer, checkpoint(first), mode).run(data[at:])
     for loop in (whole, second):
         loop.guard.close()

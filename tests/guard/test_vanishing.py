@@ -124,12 +124,12 @@ def test_a_healthy_run_is_the_same_bit_for_bit(make: Any) -> None:
     assert not opted.guard._vanishing._enlarger._copies
 
 
-def test_observing_boosts_and_adds_nothing() -> None:
-    arguments = {"vanishing": VanishingRegularizer(), "boost": LayerBoost()}
-    plain = DeepLoop(mode="observe").run(0, 60)
-    opted = DeepLoop(mode="observe", **arguments).run(0, 60)
-    assert_same_bits(opted.model.state_dict(), plain.model.state_dict())
-    assert opted.guard.actions == []
+@pytest.mark.parametrize(
+    ("name", "response"), [("vanishing", VanishingRegularizer()), ("boost", LayerBoost())]
+)
+def test_who_observes_asks_for_no_response(name: str, response: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be left out with mode='observe'"):
+        DeepLoop(mode="observe", **{name: response})
 
 
 def resumed(loop: Any, fresh: Any) -> Any:
