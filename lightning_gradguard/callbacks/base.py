@@ -219,6 +219,7 @@ class EngineCallback(Results, Callback):
         if self._leader is not None:
             return
         self._epoch, self._epoch_time = EpochNorms(), EpochTime()
+        self._schedules = ScheduleHold()  # a fit that broke off may have left something
         self._moments = Moments(steps_to_remember(trainer.optimizers) if self.incidents else 1)
         self._origins = OriginSearch(self._moments)
         self._before_flight = self.preflight
@@ -327,6 +328,7 @@ class EngineCallback(Results, Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss = self._step_loss(scaler)
         self._in_step = True
+        self._schedules.release(trainer, optimizer)  # its step before this one in the same batch
         engine.before_step(loss, scaler=scaler)
         self._moments.tell(loss)
         if engine.needs_origin:
@@ -359,7 +361,7 @@ class EngineCallback(Results, Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._schedules.release()
+        self._schedules.release(trainer)
         if self._incidents is not None:
             self._incidents.after_update()
         self._moments.forget()

@@ -118,3 +118,77 @@ def test_what_is_owed_at_the_end_is_settled_by_the_run_that_goes_on(tmp_path):
     later.fit(FusedScheduled(), loader(make_batches(30)), ckpt_path=tmp_path / "end.ckpt")
     assert later.global_step == 60
     assert advances(later) == 57
+
+
+# -- schedules beside each other -------------------------------------------------------------------
+
+
+class TwoSchedules(Regression):
+    """One counts steps and one epochs; both multiply the rate as they find it."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedules = [
+            {
+                "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma),
+                "interval": interval,
+            }
+            for gamma, interval in ((0.99, "step"), (0.5, "epoch"))
+        ]
+        return [optimizer], schedules
+
+
+@pytest.mark.parametrize("bad_step", [2, 4, 9])
+def test_an_epoch_that_ends_with_a_dropped_step_counts_all_the_same(tmp_path, bad_step):
+    trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()), max_epochs=2)
+    model = TwoSchedules()
+    original = model.training_step
+    model.training_step = lambda batch, batch_idx: (
+        original(batch, batch_idx) * (float("nan") if trainer.global_step == bad_step else 1.0)
+    )
+    trainer.fit(model, loader(make_batches(5)))
+    by_step, by_epoch = (config.scheduler for config in trainer.lr_scheduler_configs)
+    assert (by_step.last_epoch, by_epoch.last_epoch) == (9, 2)
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(0.1 * 0.99**9 * 0.5**2)
+    assert by_epoch.get_last_lr() == [rate]
+
+
+class Alternating(LightningModule):
+    """Two optimizers, each with a schedule, that step twice in a batch; all by hand."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+        self.bad = bad
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.one, self.two)]
+        schedules = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.9) for o in optimizers]
+        return optimizers, [{"scheduler": s, "interval": "step"} for s in schedules]
+
+    def training_step(self, batch, batch_idx):
+        pairs = zip((self.one, self.two), self.optimizers(), self.lr_schedulers(), strict=True)
+        for number, (layer, optimizer, schedule) in enumerate(pairs):
+            for turn in range(2):
+                optimizer.zero_grad()
+                loss = layer(batch[0]).square().mean()
+                bad = (batch_idx, number, turn) in self.bad
+                self.manual_backward(loss * float("nan") if bad else loss)
+                optimizer.step()
+                schedule.step()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [(), [(1, 0, 0)], [(1, 0, 1), (1, 1, 1)], [(1, 0, 0), (1, 0, 1), (2, 1, 0)]],
+    ids=["none", "first", "both optimizers", "both turns"],
+)
+def test_each_step_of_a_batch_is_held_back_for_itself(tmp_path, bad):
+    trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()))
+    trainer.fit(Alternating(bad), DataLoader(TensorDataset(torch.randn(4, 2))))
+    for number, optimizer in enumerate(trainer.optimizers):
+        count = 8 - sum(which == number for _, which, _ in bad)
+        assert trainer.lr_scheduler_configs[number].scheduler.last_epoch == count
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**count)
