@@ -80,11 +80,14 @@ def workload_named(name: str) -> Workload:
 def run_job(job: Job) -> Result:
     """Train once, from the same weights and batches for every contender."""
     torch.set_num_threads(1)
-    # Numbers that vanish cost some processors fifteen times the time; here they are zero.
-    torch.set_flush_denormal(True)
     workload = workload_named(job.workload)
     (contender,) = select([job.contender])
-    return _train(job, workload, contender)
+    # Numbers that vanish cost some processors fifteen times the time; here they are zero.
+    torch.set_flush_denormal(True)
+    try:
+        return _train(job, workload, contender)
+    finally:
+        torch.set_flush_denormal(False)  # it is the processor's, and not only this run's
 
 
 def _train(job: Job, workload: Workload, contender: Contender) -> Result:

@@ -143,6 +143,11 @@ def test_a_run_repeats_exactly():
     assert (first.score, first.done) == (second.score, second.done)
 
 
+def test_a_run_leaves_the_processor_as_it_was():
+    run_job(Job("mlp_12", "sgd", 1e-3, 0, BARE, steps=2))
+    assert float(torch.tensor(1e-40) * 0.5) > 0.0  # smaller than float32's normal numbers
+
+
 @pytest.mark.parametrize("name", ["nan_batch", "inf_label", "outlier_batch", "rate_x1000"])
 def test_a_fault_comes_once_and_leaves_the_data_alone(name: str):
     task = digits("vector", 8)
