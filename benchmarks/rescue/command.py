@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 import time
@@ -63,8 +62,6 @@ def run(options: argparse.Namespace) -> int:
     """Train, print and write."""
     _check(options)
     torch.set_num_threads(1)
-    # One line per tightened cap of thousands of runs would hide all else.
-    logging.getLogger("lightning_gradguard").setLevel(logging.CRITICAL)
     started = time.perf_counter()
     with _folder(options.cache) as folder:
         kept, jobs = Kept(folder), _jobs(options)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,12 +85,30 @@ def run_job(job: Job) -> Result:
     torch.set_num_threads(1)
     workload = workload_named(job.workload)
     (contender,) = select([job.contender])
-    # Numbers that vanish cost some processors fifteen times the time; here they are zero.
+    with _flushed_denormals(), _silence():
+        return _train(job, workload, contender)
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Numbers that vanish cost some processors fifteen times the time; here they are zero."""
     torch.set_flush_denormal(True)
     try:
-        return _train(job, workload, contender)
+        yield
     finally:
         torch.set_flush_denormal(False)  # it is the processor's, and not only this run's
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What the guard says of thousands of runs would hide how far they are."""
+    logger = logging.getLogger("lightning_gradguard")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _train(job: Job, workload: Workload, contender: Contender) -> Result:
