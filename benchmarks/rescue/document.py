@@ -23,7 +23,7 @@ _HEAD = """\
 # What the guard saves, and what it costs healthy runs
 
 `python -m benchmarks rescue` trains small nets at nine learning rates over four decades, from
-ordinary to far too large, from {seeds} seeds, with SGD (momentum 0.9) and AdamW as torch sets them
+ordinary to far too large, with {seeds}, under SGD (momentum 0.9) and AdamW as torch sets them
 up: without a guard, with `GradGuard()` as it comes (its engine, in a plain loop), and with eight
 rules of others. ZClip is its authors' package; the rest is written anew from the papers. All
 contenders see the same weights and batches.
@@ -71,7 +71,7 @@ def _head(result: Mapping[str, Any]) -> str:
     for workload in WORKLOADS:
         names[workload.development].append(f"`{workload.name}`")
     return _HEAD.format(
-        seeds=result["settings"]["seeds"],
+        seeds=_counted(result["settings"]["seeds"], "seed"),
         share=TARGET_SHARE,
         least=LEAST_LEARNED,
         tuned=_joined(names[True]),
@@ -107,6 +107,10 @@ def _ranges(result: Mapping[str, Any]) -> str:
     if without:
         text += f" Nothing but perhaps the guard learns {_joined(without)} within the budget."
     return text + "\n"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" + "s" * (number != 1)
 
 
 def _joined(parts: Sequence[str]) -> str:

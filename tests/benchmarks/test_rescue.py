@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import main
+from benchmarks.overhead.results import RESULTS
 from benchmarks.rescue.contenders import (
     AGC,
     BARE,
@@ -22,6 +23,7 @@ from benchmarks.rescue.contenders import (
     Plateau,
     select,
 )
+from benchmarks.rescue.document import DOCUMENT, page
 from benchmarks.rescue.faults import FAULTS, Run
 from benchmarks.rescue.jobs import Kept, fault_jobs, grid_jobs
 from benchmarks.rescue.runner import Job, Result, run_job
@@ -276,3 +278,26 @@ def test_the_command_measures_prints_and_writes(tmp_path, capsys):
 def test_bad_options_are_one_sentence(arguments: list[str], message: str):
     with pytest.raises(SystemExit, match=message):
         main(["rescue", *arguments])
+
+
+@pytest.fixture(scope="module")
+def published() -> dict:
+    return json.loads((RESULTS / "rescue_cpu.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_what_the_measurements_give(published: dict):
+    assert DOCUMENT.read_text(encoding="utf-8") == page(published), "run the benchmark again"
+
+
+def test_the_measurements_are_of_all_runs(published: dict):
+    everyone = {contender.name: contender.optimizers for contender in CONTENDERS}
+    assert [(e["workload"], e["optimizer"]) for e in published["workloads"]] == [
+        (workload.name, optimizer) for workload in WORKLOADS for optimizer in OPTIMIZERS
+    ]
+    for entry in published["workloads"]:
+        names = {name for name, optimizers in everyone.items() if entry["optimizer"] in optimizers}
+        assert set(entry["contenders"]) == names
+        for row in entry["contenders"].values():
+            assert len(row["scores"]) == len(entry["rates"])
+            assert None not in row["scores"]
+    assert not published["crashes"]
