@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from benchmarks.detection.results import RESULTS, compact, print_cases, print_ta
 from benchmarks.detection.scoring import score
 from benchmarks.detection.sensitivity import sweep
 from benchmarks.detection.split import side
+from benchmarks.kept import folder_for
 from benchmarks.machine import describe_machine
 from benchmarks.workers import Crash, in_processes
 
@@ -95,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, judge, print and write."""
     _check(options)
     torch.set_num_threads(1)
-    with _folder(options.cache) as folder:
+    with folder_for(options.cache) as folder:
         jobs = _jobs(options, folder)
         if not jobs:
             sys.exit("no run: no program matches, or none was kept")
@@ -239,15 +238,6 @@ def _check(options: argparse.Namespace) -> None:
         sys.exit(f"--jobs must be at least 0, got {options.jobs}")
     if options.rescore and options.cache is None:
         sys.exit("--rescore needs the --cache of an earlier run")
-
-
-@contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
-    if cache is not None:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kept import folder_for
 from benchmarks.machine import describe_machine
 from benchmarks.overhead.results import RESULTS
 from benchmarks.rescue.contenders import CONTENDERS, select
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     torch.set_num_threads(1)
     started = time.perf_counter()
-    with _folder(options.cache) as folder:
+    with folder_for(options.cache) as folder:
         kept, jobs = Kept(folder), _jobs(options)
         crashes, interrupted = _do(kept, jobs, options.jobs)
         results = {job: kept.results[job] for job in jobs if job in kept.results}
@@ -150,15 +149,6 @@ def _check(options: argparse.Namespace) -> None:
         sys.exit(f"--jobs must be at least 0, got {options.jobs}")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: this torch sees no CUDA device")
-
-
-@contextmanager
-def _folder(cache: Path | None) -> Iterator[Path]:
-    if cache is not None:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
