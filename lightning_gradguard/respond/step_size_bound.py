@@ -37,7 +37,8 @@ class StepSizeBound(ShrinkingBound):
         on_device: Decide on the device, with no host read.
         large_ratio: What counts as a large relative update, whether or not it is held back.
         ordinary_ratio: While no more than half of the tensors are large, the learning rate is an
-            ordinary one, and they are held to this instead of a smaller ``max_ratio``.
+            ordinary one, and they are held to this instead of a smaller ``max_ratio``. A rate
+            that was not ordinary does not become so by weights that grow under it.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StepSizeBound(ShrinkingBound):
         self._norms: list[float] = []
         self._potentials: list[float] = []  # expected ratio per unit of learning rate
         self._peaks: list[float] = []
+        self._too_high: list[float] = []  # per group, the lowest rates that were not ordinary
         self._scales: list[float] = []
 
     def signal(self, norms: GradNorms) -> Tensor | None:
@@ -106,14 +108,23 @@ class StepSizeBound(ShrinkingBound):
         self._shrinker.copy(chosen)
 
     def _is_ordinary(self, rates: Sequence[float]) -> bool:
-        """Whether no more than half of the tensors would make a large step."""
+        """Whether no more than half of the tensors would make a large step, now and before."""
+        if self._makes_large_steps(rates):
+            lowest = self._too_high or rates
+            self._too_high = [min(pair) for pair in zip(rates, lowest, strict=True)]
+            return False
+        return not self._too_high or any(
+            rate < high for rate, high in zip(rates, self._too_high, strict=True)
+        )
+
+    def _makes_large_steps(self, rates: Sequence[float]) -> bool:
         if all(r * peak <= self._large_ratio for r, peak in zip(rates, self._peaks, strict=True)):
-            return True
+            return False
         large = sum(
             rates[group] * potential > self._large_ratio
             for group, potential in zip(self._group_of, self._potentials, strict=True)
         )
-        return large <= len(self._potentials) // 2
+        return large > len(self._potentials) // 2
 
     def after_step(self) -> int | Tensor:
         """Scale the large updates down; returns how many there were."""
@@ -125,6 +136,7 @@ class StepSizeBound(ShrinkingBound):
             "weights": self._weights.state_dict(),
             "norms": list(self._norms),
             "steps": self._steps,
+            "too_high": list(self._too_high),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -133,3 +145,4 @@ class StepSizeBound(ShrinkingBound):
         if len(state["norms"]) == len(self._roots):
             self._learn(state["norms"])
             self._steps = int(state["steps"])
+            self._too_high = [float(rate) for rate in state["too_high"]]

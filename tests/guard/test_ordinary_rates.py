@@ -62,3 +62,27 @@ def test_a_cap_that_does_not_adapt_holds_whatever_the_rate() -> None:
     loop = Loop(adam_at(0.09), **{**OFF, "cap": cap}).run(BATCHES)
     assert all(row.capped_tensors for row in loop.guard.history)
     assert {row.max_ratio for row in loop.guard.history} == {0.02}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_grow_do_not_make_a_rate_ordinary(fused: bool) -> None:
+    """A rate is ordinary again only when it is lower than where it was not."""
+    cap = UpdateCap(max_ratio=0.15, start_ratio=0.02, wide_ratio=0.02)
+    loop = Loop(adam_at(0.3, fused), **{**OFF, "cap": cap}).run(BATCHES[:4])
+    assert loop.guard.history[-1].capped_tensors > 0
+    with torch.no_grad():
+        for parameter in loop.model.parameters():
+            parameter.fill_(10.0 * loop.optimizer.param_groups[0]["lr"])  # a step is 0.1 of that
+    loop.run(BATCHES)  # the norms are measured every 16 steps
+    assert loop.guard.history[-1].capped_tensors > 0
+    saved = loop.guard.state_dict()
+    for group in loop.optimizer.param_groups:
+        group["lr"] *= 0.5
+    before = loop.guard.step
+    loop.run(BATCHES[:8])
+    assert all(row.capped_tensors == 0 for row in loop.guard.history if row.step > before)
+    for group in loop.optimizer.param_groups:
+        group["lr"] *= 2.0
+    loop.guard.load_state_dict(saved)
+    loop.run(BATCHES[:4])
+    assert loop.guard.history[-1].capped_tensors > 0
