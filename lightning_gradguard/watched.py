@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.measure import NormMeter
 from lightning_gradguard.respond import ClipStrategy, UpdateCap
+from lightning_gradguard.respond.allowances import cap_allowances
 from lightning_gradguard.respond.clippers import make_clipper, warn_of_unknown_names
 from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
 
@@ -58,6 +59,7 @@ class WatchedParameters:
         warn_of_unknown_names(clip, names.values())
         self.bound: UpdateBound | None = None
         self._cap, self._on_device = cap, on_device
+        self._allowances = cap_allowances(model, parameters, cap) if cap is not None else []
         if cap is None or not parameters:
             return
         if len({parameter.device for parameter in parameters}) > 1:
@@ -74,6 +76,7 @@ class WatchedParameters:
             on_device=self._on_device,
             large_ratio=cap.widest_ratio,
             ordinary_ratio=cap.max_ratio,
+            allowances=self._allowances,
         )
 
     def renew_bound(self) -> None:

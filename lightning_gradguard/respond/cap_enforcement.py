@@ -37,6 +37,8 @@ class UpdateShrinker:
     Args:
         parameters: The optimizer's parameters.
         on_device: Decide on the device, with no host read.
+        allowances: What each tensor's share is multiplied by, see
+            :func:`~lightning_gradguard.respond.update_bounds.make_bound`; none for 1.
 
     Example:
         >>> import torch
@@ -51,12 +53,20 @@ class UpdateShrinker:
         0.97
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, on_device: bool) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        on_device: bool,
+        allowances: Sequence[float] = (),
+    ) -> None:
         self._parameters = list(parameters)
         self._on_device = on_device
+        self._allowances = list(allowances)
         self._chosen: list[int] = []
         self._copies: list[Tensor] = []
         self._floors_N = torch.zeros(0)
+        self._allowed_N: Tensor | None = None
         self._ratios_N = torch.zeros(0)
         self._numbers_N = torch.zeros(0, dtype=torch.long)
         self._given: list[float] = []
@@ -74,6 +84,9 @@ class UpdateShrinker:
             floors = [real_numel(t) * RMS_FLOOR**2 for t in tensors]
             device = tensors[0].device if tensors else None
             self._floors_N = torch.tensor(floors, device=device)
+            if self._allowances:
+                allowed = [self._allowances[i] ** 2 for i in chosen]
+                self._allowed_N = torch.tensor(allowed, device=device)
             self._numbers_N = torch.tensor(chosen, dtype=torch.long, device=device)
         if tensors:
             torch._foreach_copy_(self._copies, tensors)
@@ -126,7 +139,7 @@ class UpdateShrinker:
         return ratios_P.index_copy(0, self._numbers_N, self._ratios_N.to(ratios_P))
 
     def _ratios(self, tensors: list[Tensor]) -> Tensor:
-        """(N,) ‖ΔW‖ / max(‖W‖, floor) of the step just taken."""
+        """(N,) ‖ΔW‖ / max(‖W‖, floor) of the step just taken, as a multiple of the allowance."""
         changes = list(torch._foreach_sub(tensors, self._copies))
         squares_3N = torch.stack(
             [
@@ -138,4 +151,6 @@ class UpdateShrinker:
         squares_3N = self._reducer.sum(squares_3N)
         least = torch.finfo(squares_3N.dtype).tiny  # for a tensor without elements
         size_N = torch.maximum(squares_3N[1], squares_3N[2]).clamp_(min=least)
+        if self._allowed_N is not None:
+            size_N = size_N * self._allowed_N
         return squares_3N[0].div_(size_N).sqrt_()

@@ -42,9 +42,16 @@ class GradientBound(ShrinkingBound):
         *,
         on_device: bool,
         large_ratio: float = math.inf,
+        allowances: Sequence[float] = (),
     ) -> None:
-        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
-        self._weights = WeightNorms(parameters)
+        super().__init__(
+            optimizer,
+            parameters,
+            on_device=on_device,
+            large_ratio=large_ratio,
+            allowances=allowances,
+        )
+        self._weights = WeightNorms(parameters, allowances)
         self._sizes = group_sizes(optimizer, parameters)
         self._shares_P = torch.zeros(0)
         self._held_back: int | Tensor = 0
@@ -60,7 +67,7 @@ class GradientBound(ShrinkingBound):
         pairs = zip(buffers, self._parameters, strict=True)
         parts = [local_tensor(torch.zeros_like(p) if b is None else b) for b, p in pairs]
         squares_P = ShardReducer(self._parameters).sum(local_norms(parts).square())
-        weights = WeightNorms(self._parameters)
+        weights = WeightNorms(self._parameters, self._allowances)
         weights.refresh()
         if weights.norms_P is None:
             return [0.0] * len(self._sizes)

@@ -28,12 +28,20 @@ class SampledBound(ShrinkingBound):
         *,
         on_device: bool,
         large_ratio: float = math.inf,
+        allowances: Sequence[float] = (),
     ) -> None:
-        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
+        super().__init__(
+            optimizer,
+            parameters,
+            on_device=on_device,
+            large_ratio=large_ratio,
+            allowances=allowances,
+        )
         self._sampler = UpdateSampler(parameters)
         self._forecast = UpdateForecast()
         self._rates: list[float] = []
         self._resumed = False
+        self._allowances_P: Tensor | None = None
 
     def signal(self, norms: GradNorms) -> Tensor | None:
         """(P,) the expected updates at the last learning rate."""
@@ -78,6 +86,10 @@ class SampledBound(ShrinkingBound):
         capped = self._shrinker.shrink(self._max_ratio)
         self.large = self._shrinker.beyond(self._large_ratio)
         ratios = self._sampler.ratios()
+        if ratios is not None and self._allowances:
+            if self._allowances_P is None:  # once: lists become tensors by a copy that waits
+                self._allowances_P = ratios.new_tensor(self._allowances)
+            ratios = ratios / self._allowances_P
         # The next update may be as large again, and the cap wider by then.
         self._forecast.record(None if ratios is None else self._shrinker.unshrunk(ratios))
         return capped

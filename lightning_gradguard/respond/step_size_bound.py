@@ -39,6 +39,7 @@ class StepSizeBound(ShrinkingBound):
         ordinary_ratio: While no more than half of the tensors are large, the learning rate is an
             ordinary one, and they are held to this instead of a smaller ``max_ratio``. A rate
             that was not ordinary does not become so by weights that grow under it.
+        allowances: What each tensor's share is multiplied by; none for 1.
     """
 
     def __init__(
@@ -49,10 +50,17 @@ class StepSizeBound(ShrinkingBound):
         on_device: bool,
         large_ratio: float = math.inf,
         ordinary_ratio: float = 0.0,
+        allowances: Sequence[float] = (),
     ) -> None:
-        super().__init__(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
+        super().__init__(
+            optimizer,
+            parameters,
+            on_device=on_device,
+            large_ratio=large_ratio,
+            allowances=allowances,
+        )
         self._ordinary_ratio = ordinary_ratio
-        self._weights = WeightNorms(parameters)
+        self._weights = WeightNorms(parameters, allowances)
         self._group_of = group_numbers(optimizer, parameters)
         self._roots = [math.sqrt(real_numel(p)) for p in parameters]
         self._norms: list[float] = []

@@ -81,6 +81,7 @@ def make_bound(
     on_device: bool,
     large_ratio: float = math.inf,
     ordinary_ratio: float = 0.0,
+    allowances: Sequence[float] = (),
 ) -> UpdateBound:
     """The bound for this optimizer.
 
@@ -91,6 +92,8 @@ def make_bound(
         large_ratio: What counts as a large relative update, whether or not it is held back.
         ordinary_ratio: Where the size of a step is known beforehand, this is what counts as large,
             and what tensors are held to while most of them are not.
+        allowances: What each tensor's share is multiplied by: one that must not move as far as the
+            others has less than 1. None for 1 for all.
     """
     if isinstance(optimizer, _NORMALIZING) and not _may_leap(optimizer):
         return StepSizeBound(
@@ -99,10 +102,17 @@ def make_bound(
             on_device=on_device,
             large_ratio=max(large_ratio, ordinary_ratio),
             ordinary_ratio=ordinary_ratio,
+            allowances=allowances,
         )
     kind: type[GradientBound | SampledBound]
     kind = GradientBound if type(optimizer) is torch.optim.SGD else SampledBound
-    return kind(optimizer, parameters, on_device=on_device, large_ratio=large_ratio)
+    return kind(
+        optimizer,
+        parameters,
+        on_device=on_device,
+        large_ratio=large_ratio,
+        allowances=allowances,
+    )
 
 
 def _may_leap(optimizer: Optimizer) -> bool:

@@ -35,6 +35,8 @@ class UpdateCap:
             that is more.
         start_ratio: The share at the start. Default 0.3 · ``wide_ratio``.
         min_ratio: The tightest share. Default ``wide_ratio`` / 30, or ``start_ratio`` if less.
+        relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs, whose changes
+            compound from timestep to timestep. Default 0.05; 1 makes no difference between tensors.
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
@@ -62,6 +64,7 @@ class UpdateCap:
     wide_ratio: float | None = None
     start_ratio: float | None = None
     min_ratio: float | None = None
+    relu_recurrence: float = 0.05
     adaptive: bool = True
     window: int = 25
     opening: float = 1.6
@@ -79,6 +82,7 @@ class UpdateCap:
             check_number("start_ratio", self.start_ratio, above=0.0, at_most=most)
         if self.min_ratio is not None:
             check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.first_ratio)
+        check_number("relu_recurrence", self.relu_recurrence, above=0.0, at_most=1.0)
         check_type("adaptive", self.adaptive, bool, "True or False")
         check_number("window", self.window, at_least=2, integer=True)
         check_number("opening", self.opening, above=1.0)

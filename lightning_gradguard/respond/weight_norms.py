@@ -27,11 +27,19 @@ class WeightNorms:
 
     Args:
         parameters: The tensors.
+        allowances: What each norm is multiplied by, see :func:`make_bound`; none for 1.
         floor: Default: the least root mean square that relative updates are shares of.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], floor: float = RMS_FLOOR) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        allowances: Sequence[float] = (),
+        floor: float = RMS_FLOOR,
+    ) -> None:
         self._parameters = list(parameters)
+        self._allowances = list(allowances)
+        self._allowances_P: Tensor | None = None
         self._floor = floor
         self._reducer = ShardReducer(self._parameters)
         self._age = 0
@@ -49,9 +57,13 @@ class WeightNorms:
             norms_P = local_norms(tensors)
             if self._floors_P is None:  # once: lists become tensors by a copy that waits
                 self._floors_P = norms_P.new_tensor([t.numel() * self._floor**2 for t in tensors])
+                if self._allowances:
+                    self._allowances_P = norms_P.new_tensor(self._allowances)
             squares_2P = self._reducer.sum(torch.stack([norms_P.square(), self._floors_P]))
             least = torch.finfo(squares_2P.dtype).tiny  # for a tensor without elements
             self.norms_P = torch.maximum(squares_2P[0], squares_2P[1]).clamp_(min=least).sqrt_()
+            if self._allowances_P is not None:
+                self.norms_P.mul_(self._allowances_P)
         return due
 
     def state_dict(self) -> dict[str, Any]:

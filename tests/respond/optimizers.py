@@ -121,12 +121,16 @@ class Bounded:
     optimizer: Optimizer
     max_ratio: float
     on_device: bool = False
+    allowances: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.meter = NormMeter((f"p{i}", p) for i, p in enumerate(self.parameters))
         self.bound: UpdateBound = make_bound(
-            self.optimizer, self.parameters, on_device=self.on_device
+            self.optimizer,
+            self.parameters,
+            on_device=self.on_device,
+            allowances=self.allowances,
         )
         self.late: DelayedRead[None] = DelayedRead(DEVICE_DELAY)
         self.seen: list[float] = []
