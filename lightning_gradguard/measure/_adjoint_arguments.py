@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradguard._validation import check_type
 from lightning_gradguard.measure._sequences import Layout, Sequences, layout_of
+from lightning_gradguard.nn._fused import runs_fused
 
 RecurrentModule = nn.RNN | nn.LSTM | nn.GRU
 
@@ -58,6 +59,8 @@ def read_call(
             known.
     """
     check_type("rnn", rnn, (nn.RNN, nn.LSTM, nn.GRU), "an nn.RNN, nn.LSTM or nn.GRU")
+    if not runs_fused(rnn):
+        raise ValueError(f"rnn must run torch's own fused forward, which this does not: {rnn}")
     _check_tensor("input", sequences, packed=True)
     is_lstm = isinstance(rnn, nn.LSTM)
     if grad_output is None and grad_hn is None and grad_cn is None:

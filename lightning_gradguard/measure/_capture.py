@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_gradguard.measure._call_shape import CallShape, Rows
 from lightning_gradguard.measure._taps import is_plain
+from lightning_gradguard.nn._fused import FusedLayers, runs_fused
 
 RecurrentModule = nn.RNN | nn.LSTM | nn.GRU
 States = Tensor | tuple[Tensor, Tensor] | None
@@ -124,7 +125,8 @@ def _not_torchs_own(rnn: RecurrentModule) -> str:
     read, and spectral_norm changes its buffers as it does.
     """
     kind = next(kind for kind in (nn.RNN, nn.LSTM, nn.GRU) if isinstance(rnn, kind))
-    if type(rnn).forward is not kind.forward or "forward" in vars(rnn):
+    own = (kind.forward, FusedLayers.forward)  # which runs the former if it runs fused
+    if type(rnn).forward not in own or "forward" in vars(rnn) or not runs_fused(rnn):
         return "its forward is not torch's own"
     if is_parametrized(rnn):
         return "its weights are parametrized: reading them once more may change them"

@@ -36,6 +36,7 @@ from lightning_gradguard.measure._activation_kinds import (
 )
 from lightning_gradguard.measure._producers import Producer, Producers, unit_axis
 from lightning_gradguard.measure._taps import Switch, attach, is_plain
+from lightning_gradguard.nn._fused import runs_fused
 from lightning_gradguard.readings import ActivationReading
 
 # Looks over which outputs are counted together.
@@ -242,7 +243,8 @@ def _kind(module: nn.Module) -> ActivationKind | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None
     if isinstance(module, nn.RNN | nn.RNNCell):
-        return TANH if module.nonlinearity == "tanh" else RELU
+        # A leaky unit is never dead, and with a residual the output is no activation.
+        return {"tanh": TANH, "relu": RELU}.get(module.nonlinearity) if runs_fused(module) else None
     kind = activation_kind(module)
     # What it is decided by must not be overwritten.
     lost = kind is not None and kind.of_input and getattr(module, "inplace", False)

@@ -31,7 +31,7 @@ def cap_allowances(model: nn.Module, parameters: Sequence[Tensor], cap: UpdateCa
     compounding = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.RNN | nn.RNNCell) and module.nonlinearity == "relu"
+        if isinstance(module, nn.RNN | nn.RNNCell) and module.nonlinearity != "tanh"
         for name, parameter in module.named_parameters()
         if "weight_hh" in name
     }
