@@ -106,9 +106,18 @@ class Snapshot:
         return readings
 
 
-def decay_numbers(decay: Decay) -> dict[str, Tensor]:
-    """The fields of a reading that come from a fit."""
-    return {"decay_rate": decay.rate, "decay_error": decay.error, "steps": decay.steps}
+def decay_numbers(decay: Decay, stride: int = 1) -> dict[str, Tensor]:
+    """The fields of a reading that come from a fit.
+
+    Args:
+        decay: Per step.
+        stride: Timesteps in a step.
+    """
+    return {
+        "decay_rate": decay.rate / stride,
+        "decay_error": decay.error / stride,
+        "steps": decay.steps,
+    }
 
 
 def widest(device: torch.device) -> torch.dtype:

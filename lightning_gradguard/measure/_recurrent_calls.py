@@ -52,6 +52,11 @@ class RecurrentCall(WatchedCall):
         self.end_norms: list[Tensor | None] = [None, None]
         self.floor = 0.0
 
+    @property
+    def exact(self) -> bool:
+        """Whether the exact measurement was on."""
+        return self.capture is not None
+
     def forget(self) -> None:
         """Let go of all copies, as the graph may live on."""
         self.capture = None
@@ -146,12 +151,15 @@ class RecurrentWatch(CallWatch[RecurrentModule, RecurrentCall]):
         """The call that begins, or ``None`` if enough others are kept."""
         if len(self._live) >= MOST_CALLS:
             return None
-        capture = Capture(self.module, shape, data, hx) if self._switch.exact else None
-        call = RecurrentCall(self, self._number, shape, capture)
+        call = self._new_call(shape, data, hx)
         self._number += 1
         self._live.add(call)
         self._begun.call = call
         return call
+
+    def _new_call(self, shape: CallShape, data: Tensor, hx: object) -> RecurrentCall:
+        capture = Capture(self.module, shape, data, hx) if self._switch.exact else None
+        return RecurrentCall(self, self._number, shape, capture)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """See the output and the last states."""

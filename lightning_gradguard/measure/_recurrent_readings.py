@@ -25,6 +25,7 @@ from lightning_gradguard.measure._drafts import (
 )
 from lightning_gradguard.measure._recurrent_calls import RecurrentCall, RecurrentWatch
 from lightning_gradguard.measure._taps import feature_norms
+from lightning_gradguard.measure._traced_calls import TracedCall, records
 from lightning_gradguard.measure.adjoint import (
     RecurrentAdjoint,
     ReplayError,
@@ -52,19 +53,24 @@ def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
         note = _ONE_STEP if watch.single_steps == 1 else _STEP_BY_STEP
         one = TimeReading(watch.name, "", "input", kind, timesteps=1, note=note)
         return [Draft(one)] if watch.single_steps else []
-    if all(call.capture is None for call in calls):
+    if not any(call.exact for call in calls):
         return [_whole(watch, kind, calls, "")]
     adjoints, why_not = _adjoints(watch.module, calls)
     if why_not:
         return [_whole(watch, kind, calls, f"not measured exactly: {why_not}")]
     entry_TB = stacked([_entry(call, watch.module) for call in calls])
+    parts = _parts(watch.module)
+    if len(parts) != len(adjoints[0].hidden):  # all layers in one state
+        parts = [""]
     return [
         _part(TimeReading(watch.name, part, "exact", kind), k, adjoints, entry_TB, watch.module)
-        for k, part in enumerate(_parts(watch.module))
+        for k, part in enumerate(parts)
     ]
 
 
 def _kind(rnn: RecurrentModule) -> str:
+    if records(rnn):
+        return "other"
     if isinstance(rnn, nn.RNN):
         return str(rnn.nonlinearity)
     return "lstm" if isinstance(rnn, nn.LSTM) else "gru"
@@ -81,6 +87,11 @@ def _adjoints(
     """The adjoint of each captured call, or why there is none."""
     adjoints = []
     for call in calls:
+        if isinstance(call, TracedCall):
+            if call.exact and call.adjoint is None:
+                return [], call.refusal
+            adjoints += [] if call.adjoint is None else [call.adjoint]
+            continue
         if call.capture is None:
             continue
         why_not = call.capture.why_not()
@@ -131,10 +142,11 @@ def _part(
     if not reverse:
         lengths_B = reached(hidden_TB).sum(0)
     names = adjoints[0].causes[k]
+    stride = _stride(rnn)
     return Draft(
-        reading=_sized(reading, hidden_TB),
+        reading=_sized(reading, hidden_TB, stride),
         numbers={
-            **decay_numbers(decay),
+            **decay_numbers(decay, stride),
             "recency": recency(input_TB, lengths_B, reverse=reverse),
             "profile": bin_profile(hidden_TB, lengths_B),
             "entry": entry_shares(entry_TB),
@@ -156,10 +168,11 @@ def _whole(watch: RecurrentWatch, kind: str, calls: list[RecurrentCall], note: s
     reached_TB = reached(norms_TB + entry_TB)
     floor = max(call.floor for call, _ in seen)
     decay, single_entry = lag_decay(norms_TB, entry_TB, floor)
+    stride = _stride(watch.module)
     return Draft(
-        reading=_sized(reading, norms_TB),
+        reading=_sized(reading, norms_TB, stride),
         numbers={
-            **decay_numbers(decay),
+            **decay_numbers(decay, stride),
             "recency": recency(norms_TB, reached_TB.sum(0)),
             "profile": bin_profile(norms_TB, reached_TB),
             "entry": entry_shares(entry_TB),
@@ -197,5 +210,10 @@ def _at_ends(shape: CallShape, ends_KB: Tensor, directions: int) -> Tensor:
     return ends_TB
 
 
-def _sized(reading: TimeReading, norms_TB: Tensor) -> TimeReading:
-    return replace(reading, timesteps=norms_TB.shape[0], sequences=norms_TB.shape[1])
+def _stride(rnn: RecurrentModule) -> int:
+    """Timesteps of the sequence in one step of the module: more than 1 in a dilated layer."""
+    return int(getattr(rnn, "timesteps_per_step", 1))
+
+
+def _sized(reading: TimeReading, norms_TB: Tensor, stride: int) -> TimeReading:
+    return replace(reading, timesteps=norms_TB.shape[0] * stride, sequences=norms_TB.shape[1])

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_gradguard._validation import check_type
 from lightning_gradguard.measure._layers import clean_name
+from lightning_gradguard.measure._traced_calls import records
 
 _CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 _FUSED = (nn.RNN, nn.LSTM, nn.GRU)
@@ -27,14 +28,15 @@ class TimeModule:
     Attributes:
         name: Its path in the model; the name of its type if it is the model itself.
         module: The module.
-        way: How it is watched: as a fused recurrent module, as a cell, or on its output.
+        way: How it is watched: as a fused recurrent module, as one that notes its states, as a
+            cell, or on its output.
         axis: Time axis of its output, if it is watched there; ``None`` if that follows from the
             module (its ``batch_first``).
     """
 
     name: str
     module: nn.Module
-    way: Literal["recurrent", "cell", "output"]
+    way: Literal["recurrent", "traced", "cell", "output"]
     axis: int | None = None
 
 
@@ -122,6 +124,8 @@ def _kind_of(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
         return original if original in _KNOWN else None
+    if records(module):
+        return type(module).__name__
     known = (kind for kind in (*_CELLS, *_FUSED, *_ATTENTION) if isinstance(module, kind))
     return next((kind.__name__ for kind in known), None)
 
@@ -171,12 +175,12 @@ def _time_module(name: str, module: nn.Module, axis: int | None) -> TimeModule:
                 f"of its calls is one timestep; got {axis}"
             )
         return TimeModule(name, module, "cell")
-    if isinstance(module, _FUSED):
+    if isinstance(module, _FUSED) or records(module):
         expected = 1 if module.batch_first else 0
         if axis not in (None, expected, expected - 3):
             raise ValueError(
                 f"the time axis of {name!r} in modules must be {expected}, as its batch_first is "
                 f"{module.batch_first}, got {axis}"
             )
-        return TimeModule(name, module, "recurrent")
+        return TimeModule(name, module, "traced" if records(module) else "recurrent")
     return TimeModule(name, module, "output", axis)

@@ -29,6 +29,7 @@ from lightning_gradguard.measure._recurrent_calls import RecurrentWatch
 from lightning_gradguard.measure._recurrent_readings import recurrent_drafts
 from lightning_gradguard.measure._taps import Switch
 from lightning_gradguard.measure._time_modules import TimeModule, find_time_modules
+from lightning_gradguard.measure._traced_calls import TracedWatch
 from lightning_gradguard.readings import TimeReading
 
 __all__ = ["Snapshot", "TimestepProbe"]
@@ -183,6 +184,8 @@ def _drafts(watch: _Watch) -> list[Draft]:
 
 def _watch(found: TimeModule, switch: Switch) -> _Watch:
     module = found.module
+    if found.way == "traced":
+        return TracedWatch(found.name, module, switch)  # type: ignore[arg-type]
     if isinstance(module, nn.RNN | nn.LSTM | nn.GRU):
         return RecurrentWatch(found.name, module, switch)
     if isinstance(module, nn.RNNCell | nn.LSTMCell | nn.GRUCell):
