@@ -15,6 +15,7 @@ DOCUMENTS = (
     "docs/through-time.md",
     "docs/findings.md",
     "docs/remedies.md",
+    "docs/recurrent.md",
 )
 
 PYTHON_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

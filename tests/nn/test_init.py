@@ -124,18 +124,18 @@ def test_chrono_of_a_gru_sets_the_gate_that_keeps_the_state() -> None:
     assert steps.max() <= 50 + 1e-2
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(1, 20000), nn.GRU(1, 20000)], ids=["lstm", "gru"])
-def test_distribution_of_what_is_kept(module: nn.Module) -> None:
-    levels = torch.linspace(0.05, 0.95, 7)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_distribution_of_what_is_kept(kind: type[nn.LSTM | nn.GRU]) -> None:
+    module, levels = kind(1, 1000), torch.linspace(0.05, 0.95, 7)
 
     def kept() -> Tensor:
-        return torch.sigmoid(rows(bias_sums(module)[0], 1, 20000))  # f and z are both second
+        return torch.sigmoid(rows(bias_sums(module)[0], 1, 1000))  # f and z are both second
 
     chrono_(module, 100, generator=seeded())
     times = 1 / (1 - kept())
-    torch.testing.assert_close(times.quantile(levels), 2 + 98 * levels, rtol=0.05, atol=0.5)
+    torch.testing.assert_close(times.quantile(levels), 2 + 98 * levels, rtol=0, atol=5.0)
     uniform_gate_(module, generator=seeded())
-    torch.testing.assert_close(kept().quantile(levels), levels, rtol=0, atol=0.02)
+    torch.testing.assert_close(kept().quantile(levels), levels, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", GATED)
