@@ -16,6 +16,7 @@ COMMANDS = {
     "detection": "how often findings and the alarms of others are right, on programs held out",
     "overhead": "what the guard and its peers cost per training step",
     "timesteps": "what gradients through time cost, beside training and beside unrolled cells",
+    "modules": "what recurrent modules cost, beside fused ones of torch and beside those of others",
     "rescue": "over which learning rates and faults runs are saved, and whether any is harmed",
     "remedies": "what remedies are worth, on programs that fail without them",
 }

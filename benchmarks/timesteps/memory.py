@@ -18,10 +18,15 @@ def peak_memory(task: Task, variant: Variant) -> int:
     """
     with variant(task) as step:
         step()
-        added = _added_on_cuda(step) if task.device == "cuda" else _added_on_cpu(step)
+        added = added_by(step, task.device)
     parameters = list(task.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     return 2 * weights + task.inputs.numel() * task.inputs.element_size() + added
+
+
+def added_by(step: Step, device: str) -> int:
+    """Bytes at the peak of a step, beyond what was in use before it."""
+    return _added_on_cuda(step) if device == "cuda" else _added_on_cpu(step)
 
 
 def _added_on_cuda(step: Step) -> int:
