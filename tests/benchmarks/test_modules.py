@@ -192,6 +192,9 @@ def test_what_has_no_cell_cannot_have_it_compiled() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # of the compiler and of graphs, about themselves
 def test_graphs_compute_the_same() -> None:
     make = contenders._of(recurrent.LayerNormGRU)
     alone = Passes("", make, TINY, "cuda", torch.float32)

@@ -360,6 +360,7 @@ def test_cheap_rate_is_near_the_exact_rate(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_on_cuda_without_host_reads() -> None:
     norms_TB, entry_TB, _ = noisy((600, 20), 0)
     lengths_B = torch.full((20,), 600)

@@ -31,6 +31,7 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_cheap_measurement_never_waits_for_a_gpu() -> None:
     rnn = nn.LSTM(I, 16, device="cuda")
     x = torch.randn(20, 8, I, device="cuda")
