@@ -18,6 +18,7 @@ COMMANDS = {
     "timesteps": "what gradients through time cost, beside training and beside unrolled cells",
     "modules": "what recurrent modules cost, beside fused ones of torch and beside those of others",
     "rescue": "over which learning rates and faults runs are saved, and whether any is harmed",
+    "memory": "what recurrent modules learn to remember, and whether the horizon says so before",
     "remedies": "what remedies are worth, on programs that fail without them",
 }
 

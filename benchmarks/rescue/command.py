@@ -6,13 +6,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.kept import folder_for
+from benchmarks.kept import finish, folder_for
 from benchmarks.machine import describe_machine
 from benchmarks.overhead.results import RESULTS
 from benchmarks.rescue.contenders import CONTENDERS, select
@@ -22,7 +21,6 @@ from benchmarks.rescue.results import compact, print_tables, write_json
 from benchmarks.rescue.runner import Job, run_job
 from benchmarks.rescue.scoring import score
 from benchmarks.rescue.workloads import WORKLOADS
-from benchmarks.workers import Crash, in_processes
 
 SEEDS = 5
 # The cheapest nets of either kind, a seed, and every second learning rate.
@@ -65,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     with folder_for(options.cache) as folder:
         kept, jobs = Kept(folder), _jobs(options)
-        crashes, interrupted = _do(kept, jobs, options.jobs)
+        crashes, interrupted = finish(kept, jobs, run_job, options.jobs)
         results = {job: kept.results[job] for job in jobs if job in kept.results}
     if not results:
         sys.exit("no run was finished")
@@ -95,31 +93,6 @@ def run(options: argparse.Namespace) -> int:
         # From the file, so that the page can be compared with it.
         print(write(json.loads(path.read_text(encoding="utf-8"))))
     return 1 if crashes else 0
-
-
-def _do(kept: Kept, jobs: Sequence[Job], processes: int) -> tuple[list[str], bool]:
-    """Does what is missing; an interrupt loses only what was under way."""
-    missing, crashes, started = kept.missing(jobs), [], time.perf_counter()
-    results = in_processes(run_job, missing, processes)
-    try:
-        for number, (job, result) in enumerate(results, start=1):
-            if isinstance(result, Crash):
-                crashes.append(f"{job.key}: {result.reason}")
-                print(f"{job.key} crashed", file=sys.stderr)
-            else:
-                kept.add(job, result)
-            if number % 100 == 0 or number == len(missing):
-                left = (time.perf_counter() - started) * (len(missing) - number) / number
-                print(
-                    f"{number}/{len(missing)} runs, about {left / 60:.0f} min left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    except KeyboardInterrupt:
-        return crashes, True
-    finally:
-        getattr(results, "close", lambda: None)()
-    return crashes, False
 
 
 def _jobs(options: argparse.Namespace) -> list[Job]:

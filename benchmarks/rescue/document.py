@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from benchmarks.rescue.results import (
     harm_sentence,
     range_table,
     score_table,
-    shown,
 )
 from benchmarks.rescue.scoring import LEAST_LEARNED, NOISE, TARGET_SHARE
 from benchmarks.rescue.workloads import WORKLOADS
+from benchmarks.tables import counted, joined, markdown, shown
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "rescue.md"
 
@@ -71,18 +71,14 @@ def _head(result: Mapping[str, Any]) -> str:
     for workload in WORKLOADS:
         names[workload.development].append(f"`{workload.name}`")
     return _HEAD.format(
-        seeds=_counted(result["settings"]["seeds"], "seed"),
+        seeds=counted(result["settings"]["seeds"], "seed"),
         share=TARGET_SHARE,
         least=LEAST_LEARNED,
-        tuned=_joined(names[True]),
-        held_out=_joined(names[False]),
+        tuned=joined(names[True]),
+        held_out=joined(names[False]),
         cpu=result["machine"]["cpu"],
         torch=result["machine"]["packages"]["torch"],
     )
-
-
-def _enumerated(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _ranges(result: Mapping[str, Any]) -> str:
@@ -96,7 +92,7 @@ def _ranges(result: Mapping[str, Any]) -> str:
     ]
     text = (
         "## Stable range of learning rates\n\nDecades over which the target is reached; the grids "
-        f"span 4, so that 4.5 means all nine rates.\n\n{_markdown(range_table(result))}\n\n"
+        f"span 4, so that 4.5 means all nine rates.\n\n{markdown(range_table(result))}\n\n"
         f"Of {len(entries)} rows the guard is wider than the best of all others by half a decade "
         f"or more in {wider}, and narrower in {len(narrower)}"
     )
@@ -105,16 +101,8 @@ def _ranges(result: Mapping[str, Any]) -> str:
     )
     text += "." * (not narrower)
     if without:
-        text += f" Nothing but perhaps the guard learns {_joined(without)} within the budget."
+        text += f" Nothing but perhaps the guard learns {joined(without)} within the budget."
     return text + "\n"
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}" + "s" * (number != 1)
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else _enumerated(parts)
 
 
 def _rescue(result: Mapping[str, Any]) -> str:
@@ -124,13 +112,13 @@ def _rescue(result: Mapping[str, Any]) -> str:
     return (
         "## Rescue rate\n\n"
         f"Of the {rescue['failing']} runs that miss the target without a guard, at rates too "
-        f"large and too small, so many reach it:\n\n{_markdown(rows)}\n"
+        f"large and too small, so many reach it:\n\n{markdown(rows)}\n"
     )
 
 
 def _faults(result: Mapping[str, Any]) -> str:
     faults = result["faults"]
-    text = f"{_FAULTS}\n{_markdown(fault_table(result))}\n\n"
+    text = f"{_FAULTS}\n{markdown(fault_table(result))}\n\n"
     runs = faults["runs"].get(GUARD, 0)
     text += (
         f"{runs} runs with the guard; they take {shown(faults['time_ratio'])} times as long as the "
@@ -158,11 +146,5 @@ def _scores(result: Mapping[str, Any]) -> str:
     parts = ["## All scores\n"]
     for entry in result["workloads"]:
         title = f"### {entry['workload']}, {entry['optimizer']}"
-        parts.append(f"{title}\n\n{_markdown(score_table(entry))}\n")
+        parts.append(f"{title}\n\n{markdown(score_table(entry))}\n")
     return "\n".join(parts)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)

@@ -6,11 +6,10 @@ interrupted, and only what has changed is run again.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import kept
 from benchmarks.rescue.contenders import Contender
 from benchmarks.rescue.faults import FAULTS
 from benchmarks.rescue.runner import Job, Result
@@ -58,29 +57,12 @@ def fault_jobs(
     ]
 
 
-class Kept:
-    """Results in a folder.
+class Kept(kept.Kept[Job, Result]):
+    """Results in a folder, one file per contender.
 
     Args:
         folder: Where they are.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.results: dict[Job, Result] = {}
-        for path in sorted(folder.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                self.results[Job(**row["job"])] = Result(**row["result"])
-
-    def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those that have no result yet."""
-        return [job for job in jobs if job not in self.results]
-
-    def add(self, job: Job, result: Result) -> None:
-        """Take in one more."""
-        self.results[job] = result
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "_" for c in job.contender)
-        with (self._folder / f"{name}.jsonl").open("a") as file:
-            file.write(json.dumps({"job": asdict(job), "result": result.to_dict()}) + "\n")
+        super().__init__(folder, Job, Result, lambda job: job.contender)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from benchmarks.overhead.results import print_table
 from benchmarks.rescue.contenders import GUARD
 from benchmarks.rescue.faults import FAULTS
 from benchmarks.rescue.runner import Job, Result
+from benchmarks.tables import json_text, shown
 
 
 def compact(results: Mapping[Job, Result]) -> list[dict[str, Any]]:
@@ -41,33 +40,8 @@ def write_json(result: Mapping[str, Any], folder: Path) -> Path:
     extent = "_quick" if settings["quick"] else part
     path = folder / f"rescue_{settings['device']}{extent}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [
-        f'"{name}": {_lines(value) if isinstance(value, list) else json.dumps(_plain(value))}'
-        for name, value in result.items()
-    ]
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    path.write_text(json_text(result, lambda value: round(value, 4)), encoding="utf-8")
     return path
-
-
-def _lines(rows: list[Any]) -> str:
-    """A list with one entry a line, so that a change shows where it is."""
-    return "[\n  " + ",\n  ".join(json.dumps(_plain(row)) for row in rows) + "\n ]"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers to four digits, and none in place of NaN, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return round(value, 4) if math.isfinite(value) else None
-    return value
-
-
-def shown(value: float | None, digits: int = 2) -> str:
-    """A number for a table."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def range_table(result: Mapping[str, Any]) -> list[list[str]]:

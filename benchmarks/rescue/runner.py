@@ -15,6 +15,7 @@ from benchmarks.rescue.contenders import Contender, Guard, select
 from benchmarks.rescue.faults import FAULTS, Run
 from benchmarks.rescue.tasks import score_of
 from benchmarks.rescue.workloads import WORKLOADS, Workload
+from benchmarks.workers import flushed_denormals
 from lightning_gradguard import Severity
 
 # How often weights are looked at that nothing can bring back once they are not finite.
@@ -85,18 +86,8 @@ def run_job(job: Job) -> Result:
     torch.set_num_threads(1)
     workload = workload_named(job.workload)
     (contender,) = select([job.contender])
-    with _flushed_denormals(), _silence():
+    with flushed_denormals(), _silence():
         return _train(job, workload, contender)
-
-
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Numbers that vanish cost some processors fifteen times the time; here they are zero."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)  # it is the processor's, and not only this run's
 
 
 @contextmanager
