@@ -49,7 +49,7 @@ class AddingProblem(GeneratedTask):
 
     The original also varies the length by a tenth, draws values from U(−1, 1) and scales the sum.
     Campos et al. take ``variant="first_tenth", low=-0.5, high=0.5`` and call it solved at a
-    hundredth of the variance of one value.
+    hundredth of the variance of the sum.
 
     Args:
         length: Steps of a sequence; at least 2, with a marker in the first tenth at least 10.
