@@ -84,6 +84,7 @@ class UpdateCap(SingleResponse):
         retreat: Factor on it when the loss gets worse.
         loosen: Factor on it otherwise.
         confidence: The change of the loss that counts, in standard errors.
+        relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -108,6 +109,7 @@ class UpdateCap(SingleResponse):
         retreat: float = respond.UpdateCap.retreat,
         loosen: float = respond.UpdateCap.loosen,
         confidence: float = respond.UpdateCap.confidence,
+        relu_recurrence: float = respond.UpdateCap.relu_recurrence,
     ) -> None:
         settings = respond.UpdateCap(
             max_ratio=max_ratio,
@@ -121,6 +123,7 @@ class UpdateCap(SingleResponse):
             retreat=retreat,
             loosen=loosen,
             confidence=confidence,
+            relu_recurrence=relu_recurrence,
         )
         super().__init__("cap", settings)
 

@@ -35,8 +35,6 @@ class UpdateCap:
             that is more.
         start_ratio: The share at the start. Default 0.3 · ``wide_ratio``.
         min_ratio: The tightest share. Default ``wide_ratio`` / 30, or ``start_ratio`` if less.
-        relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs, whose changes
-            compound from timestep to timestep. Default 0.05; 1 makes no difference between tensors.
         adaptive: Whether the share follows the loss; otherwise it stays at ``max_ratio``.
         window: Steps between the first looks at the loss. Default 25; as improvement slows down,
             the window grows with the run, to a sixteenth of it.
@@ -48,6 +46,8 @@ class UpdateCap:
             large updates destroys, as dead units, may not come back.
         loosen: Factor on the share otherwise. Default 1.25.
         confidence: The change of the loss that counts, in standard errors. Default 2.
+        relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs, whose changes
+            compound from timestep to timestep. Default 0.05; 1 makes no difference between tensors.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -64,7 +64,6 @@ class UpdateCap:
     wide_ratio: float | None = None
     start_ratio: float | None = None
     min_ratio: float | None = None
-    relu_recurrence: float = 0.05
     adaptive: bool = True
     window: int = 25
     opening: float = 1.6
@@ -72,6 +71,7 @@ class UpdateCap:
     retreat: float = 0.5
     loosen: float = 1.25
     confidence: float = 2.0
+    relu_recurrence: float = 0.05
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, above=0.0)
