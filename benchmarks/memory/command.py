@@ -21,6 +21,7 @@ from benchmarks.memory.results import compact, print_tables, write_json
 from benchmarks.memory.runner import Job, Result, run_job, seconds_per_step
 from benchmarks.memory.scoring import score
 from benchmarks.memory.tasks import QUICK, WORKLOADS, Workload, workload_named
+from benchmarks.options import check_run_options, seeds_of
 from benchmarks.overhead.results import RESULTS
 
 SEEDS = 3
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, print and write."""
-    _check(options)
+    check_run_options(options)
     torch.set_num_threads(1)
     started, jobs = time.perf_counter(), _jobs(options)
     with folder_for(options.cache) as folder:
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         "settings": {
             "device": options.device,
             "quick": options.quick,
-            "seeds": _seeds(options),
+            "seeds": seeds_of(options, SEEDS),
             "tasks": list(options.tasks),
             "models": list(options.models),
             "jobs": options.jobs,
@@ -124,7 +125,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     )
     jobs = [
         Job(workload.name, model.name, lr, seed, _steps(workload, options), options.device)
-        for seed in range(_seeds(options))
+        for seed in range(seeds_of(options, SEEDS))
         for workload in workloads
         for model in select(options.models or workload.models)
         for lr in (model.rates[len(model.rates) // 2 :][:1] if options.quick else model.rates)
@@ -134,19 +135,6 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
 
 def _steps(workload: Workload, options: argparse.Namespace) -> int:
     return min(workload.steps, QUICK[0].steps) if options.quick else 0
-
-
-def _seeds(options: argparse.Namespace) -> int:
-    return int(options.seeds or (1 if options.quick else SEEDS))
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.seeds is not None and options.seeds < 1:
-        sys.exit(f"--seeds must be at least 1, got {options.seeds}")
-    if options.jobs < 0:
-        sys.exit(f"--jobs must be at least 0, got {options.jobs}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: this torch sees no CUDA device")
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

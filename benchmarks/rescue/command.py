@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.kept import finish, folder_for
 from benchmarks.machine import describe_machine
+from benchmarks.options import check_run_options, seeds_of
 from benchmarks.overhead.results import RESULTS
 from benchmarks.rescue.contenders import CONTENDERS, select
 from benchmarks.rescue.document import write
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, print and write."""
-    _check(options)
+    check_run_options(options)
     torch.set_num_threads(1)
     started = time.perf_counter()
     with folder_for(options.cache) as folder:
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         "settings": {
             "device": options.device,
             "quick": options.quick,
-            "seeds": _seeds(options),
+            "seeds": seeds_of(options, SEEDS),
             "workloads": list(options.workloads),
             "contenders": list(options.contenders),
             "jobs": options.jobs,
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 def _jobs(options: argparse.Namespace) -> list[Job]:
     names = options.workloads or (QUICK_WORKLOADS if options.quick else ())
     workloads = [w for w in WORKLOADS if w.name in names or not names]
-    contenders, seeds = select(options.contenders), _seeds(options)
+    contenders, seeds = select(options.contenders), seeds_of(options, SEEDS)
     common: dict[str, Any] = {
         "device": options.device,
         "steps": QUICK_STEPS if options.quick else 0,
@@ -109,19 +110,6 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
         *fault_jobs(workloads, contenders, seeds, **common),
     ]
     return sorted(jobs, key=lambda job: job.seed)
-
-
-def _seeds(options: argparse.Namespace) -> int:
-    return int(options.seeds or (1 if options.quick else SEEDS))
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.seeds is not None and options.seeds < 1:
-        sys.exit(f"--seeds must be at least 1, got {options.seeds}")
-    if options.jobs < 0:
-        sys.exit(f"--jobs must be at least 0, got {options.jobs}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: this torch sees no CUDA device")
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
