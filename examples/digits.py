@@ -97,6 +97,8 @@ def train(
         in_detail: Whether to show a progress bar and to write metrics.
     """
     torch.set_num_threads(1)  # a small recurrent net is slower on several threads
+    # A saturated net has gradients near 1e-40, for which a processor may take 15 times as long.
+    torch.set_flush_denormal(True)
     seed_everything(seed, verbose=False)
     model, data = SequenceClassifier(rate), PixelSequences(steps, seed)
     callbacks: list[Callback] = [] if watcher is None else [watcher]
