@@ -26,6 +26,7 @@ from tests.models import (
     make_batches,
     quiet_trainer,
 )
+from tests.record.wandb_log import finished, offline, read_log
 
 BATCHES = 60
 # The second comes after the first has healed, so that it is another finding.
@@ -252,44 +253,10 @@ def test_a_logger_without_a_run_is_said_and_goes_without(tmp_path, caplog):
     assert "Broken gets no alerts: no server" in caplog.text
 
 
-def alerts_in(path: Path) -> list[tuple[str, str, str]]:
-    """Title, text and level of the alerts in a file of W&B's, which is one of LevelDB's logs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, place, part, alerts = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        part += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind in (1, 4):  # all of a record, or its last part
-            record = Record.FromString(part)
-            part = b""
-            if record.WhichOneof("record_type") == "alert":
-                alerts.append((record.alert.title, record.alert.text, record.alert.level))
-    return alerts
-
-
-def finished(wandb: Any, root: Path) -> Path:
-    """The file of the only run below ``root``."""
-    wandb.finish()
-    wandb.teardown()  # the file is complete only once the service that writes it has ended
-    (path,) = root.glob("wandb/offline-run-*/*.wandb")
-    return path
-
-
 @pytest.fixture
-def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    module = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")  # Lightning's logger sets it, and leaves it so
-    for name in ("CACHE", "CONFIG", "DATA"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
-    yield module
-    module.finish()
-    module.teardown()
+def wandb(tmp_path: Path) -> Iterator[Any]:
+    with offline(tmp_path) as module:
+        yield module
 
 
 @pytest.mark.slow
@@ -300,8 +267,7 @@ def test_the_default_reaches_wandbs_own_record_of_the_run(tmp_path, wandb, caplo
     guard = GradGuard()
     trainer = fit(tmp_path, guard, logger=logger)
     assert [id(run) for run in wandb_runs(trainer)] == [id(logger.experiment)]
-    path = finished(wandb, tmp_path)
-    ((title, text, level),) = alerts_in(path)
+    ((title, text, level),) = read_log(finished(wandb, tmp_path)).alerts
     assert (title, level) == (NON_FINITE, "ERROR")
     assert guard.findings[0].remedies[0].sentence in text
     assert "no longer sent" not in caplog.text
@@ -312,8 +278,7 @@ def test_wandb_is_not_told_if_not_wanted(tmp_path, wandb):
     from lightning.pytorch.loggers import WandbLogger
 
     fit(tmp_path, GradGuard(alert=None), logger=WandbLogger(offline=True, save_dir=tmp_path))
-    path = finished(wandb, tmp_path)
-    assert alerts_in(path) == []
+    assert read_log(finished(wandb, tmp_path)).alerts == []
 
 
 # -- ranks ----------------------------------------------------------------------------------------
