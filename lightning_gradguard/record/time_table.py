@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradguard.readings import TimeReading
 
-_HEADER = ("module", "T", "per step", "half-life", "reaches", "recent tenth", "from")
+TABLE_HEADER = ("module", "T", "per step", "half-life", "reaches", "recent tenth", "from")
 _LONG = 9999  # steps; from here on a number says nothing that "all" does not
 
 
@@ -24,7 +24,7 @@ def format_time_table(readings: Sequence[TimeReading], *, dated: bool = False) -
         module   T        per step  half-life   reaches  recent tenth   from
         rnn     50  -0.223 ± 0.004        3.1  31 of 50           71%  exact
     """
-    rows = [_HEADER, *(_row(reading) for reading in readings)]
+    rows = [TABLE_HEADER, *(table_row(reading) for reading in readings)]
     if dated:
         steps = ["at step", *(str(reading.step) for reading in readings)]
         rows = [(*row, step) for row, step in zip(rows, steps, strict=True)]
@@ -40,7 +40,8 @@ def format_time_table(readings: Sequence[TimeReading], *, dated: bool = False) -
     return "\n".join(lines)
 
 
-def _row(reading: TimeReading) -> tuple[str, ...]:
+def table_row(reading: TimeReading) -> tuple[str, ...]:
+    """The cells of one reading, in the order of :data:`TABLE_HEADER`."""
     rate = f"{reading.decay_rate:+.3f}"
     if math.isfinite(reading.decay_error):
         rate += f" ± {reading.decay_error:.3f}"
