@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Reversible
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from lightning_gradguard._validation import check_number
 
@@ -37,6 +39,24 @@ class StepRecord:
     lr_scale: float
 
 
+class _OfStep(Protocol):
+    @property
+    def step(self) -> int: ...
+
+
+T = TypeVar("T", bound=_OfStep)
+
+
+def later_than(step: int, items: Reversible[T]) -> list[T]:
+    """Those of later steps than ``step``, in order; looks only at them."""
+    newer: list[T] = []
+    for item in reversed(items):
+        if item.step <= step:
+            break
+        newer.append(item)
+    return newer[::-1]
+
+
 class History:
     """The last ``max_rows`` steps, oldest first.
 
@@ -60,3 +80,7 @@ class History:
     def rows(self) -> list[StepRecord]:
         """A copy of the rows."""
         return list(self._rows)
+
+    def since(self, step: int) -> list[StepRecord]:
+        """The rows of later steps than ``step``."""
+        return later_than(step, self._rows)

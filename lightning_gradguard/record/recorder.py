@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
 from lightning_gradguard.readings import Inspection, TimeReading
-from lightning_gradguard.record.history import History, StepRecord
+from lightning_gradguard.record.history import History, StepRecord, later_than
 from lightning_gradguard.respond.actions import Action, ActionKind
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ class Recorder:
         """The last steps, oldest first."""
         return self._history.rows
 
+    def history_since(self, step: int) -> list[StepRecord]:
+        """Later steps than ``step``, oldest first, as far as they are still kept."""
+        return self._history.since(step)
+
     @property
     def readings(self) -> list[TimeReading]:
         """The last readings through time, oldest first."""
@@ -77,12 +81,7 @@ class Recorder:
 
     def readings_since(self, step: int) -> list[TimeReading]:
         """Readings through time of later steps than ``step``, oldest first."""
-        newer: list[TimeReading] = []
-        for reading in reversed(self._readings):
-            if reading.step <= step:
-                break
-            newer.append(reading)
-        return newer[::-1]
+        return later_than(step, self._readings)
 
     @property
     def latest_readings(self) -> list[TimeReading]:

@@ -11,7 +11,7 @@ MOST_EVENTS = 2000  # some 20 MB, in case nobody kills it
 
 
 def main(path: Path) -> None:
-    log = EventLog(path)
+    log = EventLog(path, max_bytes=10**9)
     for number in range(MOST_EVENTS):
         log.write("action", {"number": number, "message": "x" * (number * 37 % 20_000)})
         print(number, flush=True)
