@@ -1,6 +1,12 @@
-"""Norms and findings to changes: clipping, the cap on updates, skipping, learning-rate back-off."""
+"""Norms and findings to changes: clipping, the cap on updates, skipping, learning-rate back-off.
+
+What needs torch is imported on first use: what was done in a run can be read without it.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.respond.actions import Action, ActionKind
 from lightning_gradguard.respond.clipping import (
@@ -13,11 +19,13 @@ from lightning_gradguard.respond.clipping import (
     ZScoreClip,
 )
 from lightning_gradguard.respond.layer_boost import LayerBoost
-from lightning_gradguard.respond.learning_rate import LearningRateBackoff
 from lightning_gradguard.respond.rollback import WeightRollback
-from lightning_gradguard.respond.skipping import SkipBadSteps
 from lightning_gradguard.respond.update_cap import UpdateCap
-from lightning_gradguard.respond.vanishing_regularizer import VanishingRegularizer
+
+if TYPE_CHECKING:
+    from lightning_gradguard.respond.learning_rate import LearningRateBackoff
+    from lightning_gradguard.respond.skipping import SkipBadSteps
+    from lightning_gradguard.respond.vanishing_regularizer import VanishingRegularizer
 
 __all__ = [
     "AGC",
@@ -36,3 +44,18 @@ __all__ = [
     "WeightRollback",
     "ZScoreClip",
 ]
+
+_MODULE_OF = {
+    "LearningRateBackoff": "lightning_gradguard.respond.learning_rate",
+    "SkipBadSteps": "lightning_gradguard.respond.skipping",
+    "VanishingRegularizer": "lightning_gradguard.respond.vanishing_regularizer",
+}
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value  # the next access does not come through here
+    return value

@@ -1,4 +1,4 @@
-"""``gradguard ...``: what can be done from a terminal."""
+"""``gradguard replay``: do the step of an incident again."""
 
 from __future__ import annotations
 
@@ -7,75 +7,37 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning_gradguard
+from lightning_gradguard.cli.command import Command, CommandError, in_one_line
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lightning_gradguard.incidents import Incident
 
-# As argparse does for arguments that it cannot read.
-_BAD_ARGUMENTS = 2
 
-
-class CommandError(Exception):
-    """What is wrong with a command, in one sentence."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 if it ran, 2 if it could not.
-
-    Args:
-        arguments: Those of the command line. Default: the program's own.
-
-    Example:
-        >>> main(["replay", "no/such/place"])  # doctest: +SKIP
-        2
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        _replay(options)
-    except CommandError as error:
-        print(f"gradguard: error: {error}", file=sys.stderr)  # noqa: T201 - this is its output
-        return _BAD_ARGUMENTS
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="gradguard", description="Look again at what went wrong in a training run."
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory", metavar="DIR", help="the incident, .../gradguard/incidents/412"
     )
     parser.add_argument(
-        "--version", action="version", version=f"%(prog)s {lightning_gradguard.__version__}"
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    again = commands.add_parser(
-        "replay",
-        help="do the step of an incident again and name what was first not finite",
-        description="Do the step of an incident again, and name the module, the timestep and the "
-        "tensor that were first not finite. Imports the code of the model, and runs it.",
-    )
-    again.add_argument("directory", metavar="DIR", help="the incident, .../gradguard/incidents/412")
-    again.add_argument(
         "--module",
         metavar="PKG.MOD:NAME",
         help="class of the model, or a function that makes it; default: the recorded class",
     )
-    again.add_argument(
+    parser.add_argument(
         "--checkpoint",
         metavar="PATH",
         help="take the weights from here, not from the incident",
     )
-    again.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
-    again.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
+    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _replay(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from lightning_gradguard.incidents import read_incident, replay
 
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` has it
@@ -88,7 +50,7 @@ def _replay(options: argparse.Namespace) -> None:
             incident.directory, module, device=options.device, own_weights=bool(options.checkpoint)
         )
     except (ValueError, RuntimeError) as error:  # each says in a sentence what is wrong
-        raise CommandError(" ".join(str(error).split())) from error
+        raise CommandError(in_one_line(error)) from error
     text = json.dumps(result.to_dict(), allow_nan=False) if options.json else str(result)
     print(text)  # noqa: T201 - this is its output
 
@@ -165,9 +127,15 @@ def _load(path: str, module: nn.Module) -> None:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint.get("state_dict", checkpoint))
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise CommandError(f"--checkpoint {path} cannot be loaded: {said}") from error
+        raise CommandError(f"--checkpoint {path} cannot be loaded: {in_one_line(error)}") from error
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+REPLAY = Command(
+    name="replay",
+    help="do the step of an incident again and name what was first not finite",
+    description="Do the step of an incident again, and name the module, the timestep and the "
+    "tensor that were first not finite. Imports the code of the model, and runs it.",
+    example="gradguard replay logs/gradguard/incidents/412 --module models:Classifier",
+    add_arguments=_add_arguments,
+    run=_run,
+)

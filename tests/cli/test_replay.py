@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import lightning_gradguard
 from lightning_gradguard import cli
 from lightning_gradguard.incidents import list_incidents
-
-CHECKOUT = Path(__file__).resolve().parents[2]
+from tests.cli.terminal import run
 
 MODELS = """
 import dataclasses, math
@@ -76,18 +72,6 @@ trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpoi
 trainer.fit(Classifier(hidden=5, scale=(2.0, 3.0)), DataLoader(batches, batch_size=None))
 torch.save({{"state_dict": Classifier(hidden=5).state_dict()}}, "weights.ckpt")
 """
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -203,16 +187,3 @@ def test_no_incident_is_said(
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert cli.main(["replay", str(tmp_path), "--module", "torch.nn:Identity"]) == 2
     assert "is not an incident" in capsys.readouterr().err
-
-
-def test_help_and_version_need_neither_torch_nor_lightning(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom lightning_gradguard.cli import main\n"
-        "try:\n    main(['--version'])\nexcept SystemExit:\n"
-        "    print(sorted({'torch', 'lightning'} & set(sys.modules)))"
-    )
-    done = run(tmp_path, "-c", code)
-    assert done.stdout.splitlines() == [f"gradguard {lightning_gradguard.__version__}", "[]"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["replay"])
-    assert ended.value.code == 2
