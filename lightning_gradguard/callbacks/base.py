@@ -26,23 +26,18 @@ from lightning_gradguard.callbacks.incidents import (
 )
 from lightning_gradguard.callbacks.moments import Moments
 from lightning_gradguard.callbacks.non_finite import OriginSearch
+from lightning_gradguard.callbacks.records import Records
 from lightning_gradguard.callbacks.results import Results
+from lightning_gradguard.callbacks.run_directory import run_directory
 from lightning_gradguard.callbacks.schedules import ScheduleHold
 from lightning_gradguard.callbacks.stopping import StoppedRun
-from lightning_gradguard.callbacks.surroundings import Surroundings, surroundings
+from lightning_gradguard.callbacks.surroundings import Surroundings, logged_step, surroundings
 from lightning_gradguard.diagnose import Severity, Thresholds
 from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.incidents import Incidents
 from lightning_gradguard.measure import TimestepProbe
 from lightning_gradguard.record import AlertSender, EventLog, Recorder
-from lightning_gradguard.record.metrics import (
-    count_metrics,
-    inspection_metrics,
-    layer_metrics,
-    step_metrics,
-    time_metrics,
-)
 from lightning_gradguard.record.time_statistics import TimeDecayStatistics
 from lightning_gradguard.sampling import TimeModules
 
@@ -89,6 +84,8 @@ class EngineCallback(Results, Callback):
         preflight: Whether to measure the first batch before the first step.
         thresholds: What counts as a finding.
         incidents: What is kept of steps that go wrong.
+        history: Whether to keep the run's numbers in ``gradguard/history`` in the run's directory.
+        report: Whether to write ``gradguard/report.html`` there at the end.
 
     Attributes:
         precedence: Of several guards on one Trainer the least runs the engines, and its settings
@@ -107,6 +104,8 @@ class EngineCallback(Results, Callback):
         preflight: bool,
         thresholds: Thresholds = Thresholds(),
         incidents: Incidents | bool = True,
+        history: bool = True,
+        report: bool = True,
     ) -> None:
         super().__init__()
         if layer_depth is not None:
@@ -123,6 +122,7 @@ class EngineCallback(Results, Callback):
         self.exact_every_n_steps = exact_every_n_steps
         self.preflight = preflight
         self.thresholds = thresholds
+        self._records = Records(layer_depth, history=history, report=report)
         self._asked: dict[str, Any] = {}
         self._alerts: AlertSender | None = None
         self.preflight_result: Preflight | None = None
@@ -131,7 +131,6 @@ class EngineCallback(Results, Callback):
         self._engines: list[GuardEngine] = []
         self._by_optimizer: dict[int, GuardEngine] = {}
         self._losses: list[Tensor] = []
-        self._logged: dict[str, int] = {}
         self._epoch = EpochNorms()
         self._epoch_time = EpochTime()
         self._schedules = ScheduleHold()
@@ -198,20 +197,18 @@ class EngineCallback(Results, Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_dir = trainer.log_dir  # broadcasts, so every rank has to ask
-        self._start(trainer, pl_module, log_dir)
+        self._start(trainer, pl_module, run_directory(trainer))
         # All ranks guard, or none does: the others would wait for the numbers of one that is off.
         if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(not self.broken):
             self.give_up("on_train_start of another rank")
             self._by_optimizer = {}
 
     @contained
-    def _start(self, trainer: Trainer, pl_module: LightningModule, log_dir: str | None) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, directory: Path | None) -> None:
         # Fresh engines for each fit: Lightning makes new optimizers for each of them.
         self._close()
         self._engines, self._by_optimizer, self._final_state = [], {}, None
         self._losses.clear()
-        self._logged.clear()
         guards = _guards_on(trainer)
         leader = min(guards, key=lambda guard: (guard.precedence, type(guard).__name__))
         self._leader = None if leader is self else leader
@@ -240,13 +237,13 @@ class EngineCallback(Results, Callback):
                 type(self).__name__,
             )
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
-        keeps = log_dir is not None and not trial_run
-        self._stopped = StoppedRun(Path(log_dir) / "gradguard" if log_dir and keeps else None)
+        folder = directory / "gradguard" if directory and not trial_run else None
+        self._stopped = StoppedRun(folder)
         for number, optimizer in enumerate(trainer.optimizers):
             label = f"optimizer{number}" if len(trainer.optimizers) > 1 else ""
             recorder = Recorder(label, silent=not trainer.is_global_zero)
-            if self.events and log_dir and trainer.is_global_zero and not trial_run:
-                recorder.events = EventLog(Path(log_dir) / "gradguard" / "events.jsonl")
+            if self.events and folder and trainer.is_global_zero:
+                recorder.events = EventLog(folder / "events.jsonl")
             self._add_engine(pl_module, optimizer, surroundings(trainer, optimizer, recorder))
         explicit = self.timesteps not in (None, "auto")
         if explicit and not any(engine.watched_in_time for engine in self._engines):
@@ -255,10 +252,16 @@ class EngineCallback(Results, Callback):
                 "time.",
                 self.timesteps,
             )
-        self._restore()
+        resumed = self._restore()
         self._incidents = start_incidents(
-            self.incidents, log_dir, self._moments, trainer, pl_module, self._engines
+            self.incidents, folder, self._moments, trainer, pl_module, self._engines
         )
+        guarded = [
+            (self._by_optimizer[id(optimizer)], optimizer)
+            for optimizer in trainer.optimizers
+            if id(optimizer) in self._by_optimizer
+        ]
+        self._records.start(trainer, pl_module, guards, guarded, folder, resumed=resumed)
         self._alerts = start_alerts(
             self._asked.get("alert"), trainer, [e.recorder for e in self._engines]
         )
@@ -368,40 +371,17 @@ class EngineCallback(Results, Callback):
         for engine in self._engines:
             self._epoch.add(engine)
             self._epoch_time.add(engine)
-        # Lightning's own rule for when a value logged now is kept, which has no public name.
-        stepped = trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
         every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
-        if (stepped + 1) % max(every_n_steps, 1) == 0:
+        # Lightning's own rule for when a value logged now is kept.
+        if (logged_step(trainer) + 1) % max(every_n_steps, 1) == 0:
             self._log_step(pl_module)
+        self._records.tick()
         if any(engine.should_stop for engine in self._engines):
             trainer.should_stop = True
             self._stopped.save(trainer, self)
 
     def _log_step(self, pl_module: LightningModule) -> None:
-        for engine in self._engines:
-            row, norms = engine.recorder.last, engine.last_norms
-            if row is None or norms is None or not engine.active:
-                continue
-            label = engine.recorder.label
-            pl_module.log_dict(
-                {
-                    **step_metrics(row, protecting=engine.mode == "protect", label=label),
-                    **count_metrics(engine.counts, label),
-                    **layer_metrics(norms.layers(self.layer_depth), label),
-                    **time_metrics(engine.recorder.latest_readings, label),
-                    **self._inspected(engine),
-                },
-                on_step=True,
-                on_epoch=False,
-            )
-
-    def _inspected(self, engine: GuardEngine) -> dict[str, float]:
-        """Metrics of the newest inspection, where it has come since values were logged last."""
-        inspection, label = engine.recorder.inspection, engine.recorder.label
-        if inspection is None or self._logged.get(label) == inspection.step:
-            return {}
-        self._logged[label] = inspection.step
-        return inspection_metrics(inspection, self.layer_depth, label)
+        self._records.log(pl_module)
 
     @override
     @contained
@@ -430,6 +410,8 @@ class EngineCallback(Results, Callback):
         if self._incidents is not None:
             self._incidents.after_update()
         self._close_incidents()
+        stopped = any(engine.should_stop for engine in self._engines)
+        self._records.close("stopped" if stopped else "finished")
         serious = [f for f in self.findings if f.severity >= Severity.WARNING]
         if trainer.is_global_zero and not self._leader and (serious or self.actions):
             self._tell()
@@ -450,6 +432,9 @@ class EngineCallback(Results, Callback):
         if self._incidents is not None:
             self._incidents.on_exception(exception)
         self._close_incidents()
+        by_hand = isinstance(exception, KeyboardInterrupt)
+        error = f"{type(exception).__name__}: {exception}".strip(": ")
+        self._records.close("stopped" if by_hand else "failed", error)
 
     @override
     @contained
@@ -475,10 +460,11 @@ class EngineCallback(Results, Callback):
         # Optimizers, and so engines, exist only once training starts.
         self._restored = state_dict
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Continue where a checkpoint was saved; returns whether there was one."""
         restored, self._restored = self._restored, None
         if restored is None:
-            return
+            return False
         states = restored["engines"]
         if len(states) != len(self._engines):
             logger.warning(
@@ -487,11 +473,13 @@ class EngineCallback(Results, Callback):
                 len(states),
                 len(self._engines),
             )
-            return
+            return True
         for engine, state in zip(self._engines, states, strict=True):
             engine.load_state_dict(state)
+        return True
 
     def _close(self) -> None:
+        self._records.hide()
         for engine in self._engines:
             engine.close()
             if engine.recorder.events is not None:
@@ -524,6 +512,7 @@ class EngineCallback(Results, Callback):
             engine.fail()
         self._close_alerts()
         self._close_incidents()
+        self._records.close("stopped", f"the guard is off because of an error in {where}")
 
 
 def _guards_on(trainer: Trainer) -> list[EngineCallback]:

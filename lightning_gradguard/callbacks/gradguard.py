@@ -69,6 +69,10 @@ class GradGuard(EngineCallback):
         incidents: What is kept of steps that go wrong, in ``gradguard/incidents`` in the run's log
             directory, to be looked at again with ``gradguard replay``. Default ``True``, as
             ``Incidents()``; ``False`` for nothing.
+        history: Whether to keep the numbers of the run in ``gradguard/history`` in its log
+            directory, at most 50 MB of them, for reports, ``gradguard watch`` and pandas. Default
+            ``True``; a Trainer without a logger needs a ``default_root_dir`` for it.
+        report: Whether to write ``gradguard/report.html`` at the end of the fit. Default ``True``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -100,6 +104,8 @@ class GradGuard(EngineCallback):
         boost: LayerBoost | None = None,
         rollback: WeightRollback | single.WeightRollback | None = WeightRollback(),
         incidents: Incidents | bool = True,
+        history: bool = True,
+        report: bool = True,
     ) -> None:
         super().__init__(
             layer_depth,
@@ -109,6 +115,8 @@ class GradGuard(EngineCallback):
             preflight=preflight,
             thresholds=thresholds,
             incidents=incidents,
+            history=history,
+            report=report,
         )
         check_choice("mode", mode, ("protect", "observe"))
         self.mode = mode

@@ -37,7 +37,7 @@ def steps_to_remember(optimizers: Sequence[Optimizer]) -> int:
 
 def start_incidents(
     settings: Incidents | bool,
-    log_dir: str | None,
+    folder: Path | None,
     moments: Moments,
     trainer: Trainer,
     module: LightningModule,
@@ -47,18 +47,16 @@ def start_incidents(
 
     Args:
         settings: What the user has asked for.
-        log_dir: The run's log directory.
+        folder: The run's ``gradguard`` directory; ``None`` for none.
         moments: Knows the batches.
         trainer: The Trainer of the fit.
         module: The model.
         engines: One per optimizer.
     """
-    trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
-    if settings is False or log_dir is None or trial_run or not engines:
+    if settings is False or folder is None or not engines:
         return None
-    folder = Path(log_dir) / "gradguard" / "incidents"
     kept = Incidents() if settings is True else settings
-    writer = IncidentWriter(folder, kept, rank=trainer.global_rank)
+    writer = IncidentWriter(folder / "incidents", kept, rank=trainer.global_rank)
     return IncidentKeeper(writer, moments, trainer, module, engines)
 
 

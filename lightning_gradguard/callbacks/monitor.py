@@ -36,6 +36,10 @@ class GradientMonitor(EngineCallback):
         incidents: What is kept of steps that go wrong, in ``gradguard/incidents`` in the run's log
             directory, to be looked at again with ``gradguard replay``. Default ``True``, as
             ``Incidents()``; ``False`` for nothing.
+        history: Whether to keep the numbers of the run in ``gradguard/history`` in its log
+            directory, at most 50 MB of them, for reports, ``gradguard watch`` and pandas. Default
+            ``True``; a Trainer without a logger needs a ``default_root_dir`` for it.
+        report: Whether to write ``gradguard/report.html`` at the end of the fit. Default ``True``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -59,6 +63,8 @@ class GradientMonitor(EngineCallback):
         preflight: bool = False,
         thresholds: Thresholds = Thresholds(),
         incidents: Incidents | bool = True,
+        history: bool = True,
+        report: bool = True,
     ) -> None:
         super().__init__(
             layer_depth,
@@ -68,4 +74,6 @@ class GradientMonitor(EngineCallback):
             preflight=preflight,
             thresholds=thresholds,
             incidents=incidents,
+            history=history,
+            report=report,
         )

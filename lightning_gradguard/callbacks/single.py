@@ -21,7 +21,8 @@ from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS
 class SingleResponse(EngineCallback):
     """Asks for one response.
 
-    Findings, metrics and events come with it; batches of bad steps are not kept.
+    Findings, metrics, events and the history come with it; batches of bad steps are not kept, and
+    the report is left to ``gradguard report``.
 
     Args:
         kind: Which response, as ``GradGuard`` names it.
@@ -36,6 +37,7 @@ class SingleResponse(EngineCallback):
             exact_every_n_steps=EXACT_EVERY_N_STEPS,
             preflight=False,
             incidents=False,
+            report=False,
         )
         self.kind = kind
         self.settings = settings

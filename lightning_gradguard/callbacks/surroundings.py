@@ -36,13 +36,18 @@ def surroundings(trainer: Trainer, optimizer: Optimizer, recorder: Recorder) -> 
     return Surroundings(
         recorder=recorder,
         trained_elsewhere=[p for other in others for g in other.param_groups for p in g["params"]],
-        planned_steps=_planned_steps(trainer),
+        planned_steps=planned_steps(trainer),
         precision=str(trainer.precision),
         optimizers=len(trainer.optimizers),
     )
 
 
-def _planned_steps(trainer: Trainer) -> int | None:
+def logged_step(trainer: Trainer) -> int:
+    """The step as loggers count it, which has no public name: that of the batch under way."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+
+
+def planned_steps(trainer: Trainer) -> int | None:
     """Lightning's own estimate: of all optimizers together under manual optimization."""
     planned = trainer.estimated_stepping_batches
     return int(planned) if math.isfinite(planned) and planned >= 1 else None

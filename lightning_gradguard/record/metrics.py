@@ -12,9 +12,14 @@ from lightning_gradguard.measure.updates import RMS_FLOOR
 from lightning_gradguard.readings import Inspection, TimeReading
 from lightning_gradguard.record.history import StepRecord
 
+# Loggers and their pages become slow with thousands of keys: a model of any size has fewer than
+# 1,000. Each layer takes two of them, each module that is measured through time six.
+MAX_LAYERS = 250
+MAX_TIMES = 50
+
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_./]")
 # Keys under ``grad_norm/`` that a layer of the same name must not take.
-_RESERVED = frozenset({"total", "total_clipped", "log_mean", "log_std", "log_max"})
+_RESERVED = frozenset({"total", "total_clipped", "log_mean", "log_std", "log_max", "heat_map"})
 
 
 def metric_key(*parts: str) -> str:
@@ -25,6 +30,30 @@ def metric_key(*parts: str) -> str:
         'grad_norm/encoder.rnn_0'
     """
     return "/".join(_NOT_ALLOWED.sub("_", part) for part in parts if part)
+
+
+def depth_within(names: Iterable[str], most: int = MAX_LAYERS) -> int | None:
+    """The depth of the module path down to which there are at most so many layers, or 1.
+
+    Args:
+        names: Names of the parameters.
+        most: How many layers there may be.
+
+    Returns:
+        ``None`` if there are no more with the whole path.
+
+    Example:
+        >>> names = [f"blocks.{block}.{layer}.weight" for block in range(200) for layer in "abcd"]
+        >>> depth_within(names), depth_within(names, most=800)
+        (2, None)
+    """
+    names = list(names)
+    if len(layer_index(names)[0]) <= most:
+        return None
+    depth = max(name.count(".") for name in names)
+    while depth > 1 and len(layer_index(names, depth)[0]) > most:
+        depth -= 1
+    return max(depth, 1)
 
 
 def step_metrics(row: StepRecord, *, protecting: bool, label: str = "") -> dict[str, float]:
@@ -87,21 +116,12 @@ def time_metrics(readings: Iterable[TimeReading], label: str = "") -> dict[str, 
     return {_labelled(key, label): v for key, v in values.items() if math.isfinite(v)}
 
 
-def inspection_metrics(
-    inspection: Inspection, depth: int | None = None, label: str = ""
-) -> dict[str, float]:
-    """The relative update of each layer, and how fast the gradient changes through them.
+def layer_updates(inspection: Inspection, depth: int | None = None) -> dict[str, float]:
+    """The relative update of each layer, ‖ΔW‖ / ‖W‖ over its parameters; unknown ones left out.
 
     Args:
         inspection: A look at every layer.
         depth: Components of the module path that make a layer; default: the whole path.
-        label: Name of the optimizer where there are several.
-
-    Example:
-        >>> from lightning_gradguard.readings import ParameterReading
-        >>> weight = ParameterReading("net.0.weight", weight_norm=2.0, update_ratio=0.01)
-        >>> inspection_metrics(Inspection(0, (weight,), depth_slope=-0.1))
-        {'update_ratio/net.0': 0.01, 'grad_depth/slope': -0.1}
     """
     known = [p for p in inspection.parameters if math.isfinite(p.update_ratio * p.weight_norm)]
     layers, numbers = layer_index((p.name for p in known), depth)
@@ -110,11 +130,28 @@ def inspection_metrics(
         norm = max(parameter.weight_norm, RMS_FLOOR * math.sqrt(parameter.elements))
         moved[number] = math.hypot(moved[number], parameter.update_ratio * norm)
         norms[number] = math.hypot(norms[number], norm)
-    values = {
-        metric_key("update_ratio", layer): change / norm
-        for layer, change, norm in zip(layers, moved, norms, strict=True)
-        if norm > 0.0
-    }
+    known_layers = zip(layers, moved, norms, strict=True)
+    return {layer: change / norm for layer, change, norm in known_layers if norm > 0.0}
+
+
+def inspection_metrics(
+    inspection: Inspection, updates: Mapping[str, float], label: str = ""
+) -> dict[str, float]:
+    """The relative update of each layer, and how fast the gradient changes through them.
+
+    Args:
+        inspection: A look at every layer.
+        updates: Of the layers that are logged, see :func:`layer_updates`.
+        label: Name of the optimizer where there are several.
+
+    Example:
+        >>> from lightning_gradguard.readings import ParameterReading
+        >>> weight = ParameterReading("net.0.weight", weight_norm=2.0, update_ratio=0.01)
+        >>> inspection = Inspection(0, (weight,), depth_slope=-0.1)
+        >>> inspection_metrics(inspection, layer_updates(inspection))
+        {'update_ratio/net.0': 0.01, 'grad_depth/slope': -0.1}
+    """
+    values = {metric_key("update_ratio", layer): ratio for layer, ratio in updates.items()}
     if math.isfinite(inspection.depth_slope):
         values["grad_depth/slope"] = inspection.depth_slope
     return {_labelled(key, label): value for key, value in values.items()}

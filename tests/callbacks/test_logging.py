@@ -109,17 +109,26 @@ def test_other_callbacks_can_watch_the_norm(tmp_path):
     assert trainer.current_epoch < 5
 
 
-def test_a_healthy_run_says_and_writes_nothing(tmp_path, caplog):
+def test_a_healthy_run_says_no_more_than_where_its_report_is(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_gradguard"):
         fit([GradGuard()], tmp_path)
 
-    assert own(caplog) == []
+    (message,) = own(caplog)
+    assert message.endswith("report.html.")
     assert not list(tmp_path.rglob("events.jsonl"))
+
+
+def test_without_history_and_report_it_says_and_writes_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="lightning_gradguard"):
+        fit([GradGuard(history=False, report=False)], tmp_path)
+
+    assert own(caplog) == []
+    assert not list(tmp_path.rglob("gradguard"))
 
 
 def test_the_users_own_clipping_is_named(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_gradguard"):
-        fit([GradGuard()], tmp_path, gradient_clip_val=0.5)
+        fit([GradGuard(report=False)], tmp_path, gradient_clip_val=0.5)
 
     (message,) = own(caplog)
     assert "gradient_clip_val=0.5" in message

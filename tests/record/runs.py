@@ -112,6 +112,8 @@ def made_up_run(
         planned_steps=steps,
         settings={"mode": "protect", "clip": "AdaptiveClip(...)", "layer_depth": None},
         versions={"lightning_gradguard": "0.1.0", "torch": "2.13.0"},
-        optimizers=({"label": label, "class": "AdamW", "lr": 1e-3, "counts": counts},),
+        optimizers=(
+            {"label": label, "class": "AdamW", "lr": 1e-3, "mode": "protect", "counts": counts},
+        ),
     )
     return RunHistory(info, (part,))

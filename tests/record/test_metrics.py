@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gradguard.measure import layer_index
 from lightning_gradguard.readings import Inspection, ParameterReading
 from lightning_gradguard.record import StepRecord
 from lightning_gradguard.record.metrics import (
     count_metrics,
+    depth_within,
     inspection_metrics,
     layer_metrics,
+    layer_updates,
     metric_key,
     step_metrics,
 )
@@ -77,9 +80,40 @@ def test_the_relative_update_of_a_layer_is_that_of_its_tensors_together() -> Non
     weight = ParameterReading("net.0.weight", 4, 2, weight_norm=3.0, update_ratio=0.02)
     bias = ParameterReading("net.0.bias", 4, 1, weight_norm=4.0, update_ratio=0.01)
     frozen = ParameterReading("net.1.weight", weight_norm=1.0)
-    metrics = inspection_metrics(Inspection(0, (weight, bias, frozen), depth_slope=-0.5), label="g")
+    inspection = Inspection(0, (weight, bias, frozen), depth_slope=-0.5)
+    metrics = inspection_metrics(inspection, layer_updates(inspection), "g")
     together = math.hypot(3.0 * 0.02, 4.0 * 0.01) / 5.0
     assert metrics == pytest.approx({"update_ratio/g/net.0": together, "grad_depth/g/slope": -0.5})
     assert all(KEY.match(key) for key in metrics)
-    assert list(inspection_metrics(Inspection(0, (weight, bias)), depth=1)) == ["update_ratio/net"]
-    assert inspection_metrics(Inspection(0)) == {}
+    assert list(layer_updates(Inspection(0, (weight, bias)), depth=1)) == ["net"]
+    assert inspection_metrics(Inspection(0), {}) == {}
+
+
+def names_of(*widths: int) -> list[str]:
+    """Of a tree of modules with so many children at each level."""
+    paths = [()]
+    for width in widths:
+        paths = [(*path, str(child)) for path in paths for child in range(width)]
+    return [".".join((*path, name)) for path in paths for name in ("weight", "bias")]
+
+
+def test_layers_are_as_deep_as_there_is_room_for() -> None:
+    names = names_of(2, 12, 10)
+    assert depth_within(names) is None
+    assert depth_within(names, most=239) == 2
+    assert depth_within(names, most=24) == 2
+    assert depth_within(names, most=23) == 1
+    assert depth_within(names, most=1) == 1
+    assert depth_within([]) is None
+
+
+@given(widths=st.lists(st.integers(1, 6), max_size=4), most=st.integers(1, 300))
+def test_the_depth_is_the_largest_that_keeps_the_bound(widths: list[int], most: int) -> None:
+    names = names_of(*widths)
+    depth = depth_within(names, most)
+    layers = len(layer_index(names, depth)[0])
+    if depth is None:
+        assert layers <= most
+    else:
+        assert layers <= most or depth == 1
+        assert len(layer_index(names, depth + 1)[0]) > most

@@ -1,0 +1,113 @@
+"""What is logged, kept and shown of a fit while it runs, and left behind at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_gradguard._validation import check_type
+from lightning_gradguard.callbacks.gallery import Gallery
+from lightning_gradguard.callbacks.progress import ProgressState
+from lightning_gradguard.callbacks.recording import Recording
+from lightning_gradguard.callbacks.run_directory import wants_files
+from lightning_gradguard.callbacks.run_facts import run_info
+from lightning_gradguard.callbacks.step_log import StepLog
+from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.record.run_history import RunStatus
+
+
+class Records:
+    """Metrics for the loggers, the state for the progress bar, the history and the report.
+
+    Args:
+        layer_depth: Components of the module path that make a layer in metric keys; ``None`` for
+            the whole path, as far as there is room for.
+        history: Whether to keep the run's numbers on disk.
+        report: Whether to write a report of them at the end.
+
+    Raises:
+        TypeError: If ``history`` or ``report`` is not a bool.
+        ValueError: If a report is wanted without a history.
+    """
+
+    def __init__(self, layer_depth: int | None, *, history: bool, report: bool) -> None:
+        check_type("history", history, bool, "True or False")
+        check_type("report", report, bool, "True or False")
+        if report and not history:
+            raise ValueError(
+                "report must be False where history is False, as it is made from the history"
+            )
+        self.layer_depth = layer_depth
+        self.history = history
+        self.report = report
+        self._engines: list[GuardEngine] = []
+        self._log = StepLog(layer_depth)
+        self._progress = ProgressState()
+        self._recording: Recording | None = None
+
+    def start(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        guards: Sequence[object],
+        guarded: Sequence[tuple[GuardEngine, Optimizer]],
+        folder: Path | None,
+        *,
+        resumed: bool,
+    ) -> None:
+        """Begin with a fit.
+
+        Args:
+            trainer: Its Trainer; training has started.
+            module: The model.
+            guards: The guards on the Trainer, for their settings.
+            guarded: Each engine with its optimizer.
+            folder: The run's ``gradguard`` directory; ``None`` to write no files.
+            resumed: Whether the fit goes on from a checkpoint.
+        """
+        self._engines = [engine for engine, _ in guarded]
+        self._log = StepLog(self.layer_depth, len(self._engines))
+        self._progress.attach(trainer, self._engines)
+        writes = self.history and folder is not None and wants_files(trainer)
+        if folder is None or not writes or not self._engines or not trainer.is_global_zero:
+            return
+        info = run_info(guards, trainer, module, guarded)
+        gallery = Gallery(trainer, info, self._engines)
+        self._recording = Recording(
+            folder, info, self._engines, gallery, report=self.report, resumed=resumed
+        )
+
+    def log(self, module: LightningModule) -> None:
+        """Log the step that is over, at a step at which the Trainer logs.
+
+        Args:
+            module: The model, through which metrics reach the loggers.
+        """
+        for engine in self._engines:
+            module.log_dict(self._log.metrics(engine), on_step=True, on_epoch=False)
+        if self._recording is not None:
+            self._recording.logged()
+
+    def tick(self) -> None:
+        """After every batch: write what has waited long enough."""
+        if self._recording is not None:
+            self._recording.tick()
+
+    def hide(self) -> None:
+        """Leave the progress bar as it was."""
+        self._progress.detach()
+
+    def close(self, status: RunStatus, error: str = "") -> None:
+        """Write what is left, and the report. Again, it does nothing.
+
+        Args:
+            status: How the fit ended.
+            error: Its exception, if it failed.
+        """
+        self.hide()
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.close(status, error)

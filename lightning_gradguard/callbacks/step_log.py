@@ -1,0 +1,66 @@
+"""What the Trainer's loggers get of a step."""
+
+from __future__ import annotations
+
+from lightning_gradguard.guard import GuardEngine
+from lightning_gradguard.record.metrics import (
+    MAX_LAYERS,
+    MAX_TIMES,
+    count_metrics,
+    depth_within,
+    inspection_metrics,
+    layer_metrics,
+    layer_updates,
+    step_metrics,
+    time_metrics,
+)
+
+
+class StepLog:
+    """Makes metrics of what an engine knows, with a bounded number of keys.
+
+    Args:
+        layer_depth: Components of the module path that make a layer; ``None`` for the whole path,
+            or as many as leave at most 250 layers.
+        optimizers: How many share the keys.
+    """
+
+    def __init__(self, layer_depth: int | None = None, optimizers: int = 1) -> None:
+        self._asked = layer_depth
+        self._most_layers = max(MAX_LAYERS // max(optimizers, 1), 1)
+        self._most_times = max(MAX_TIMES // max(optimizers, 1), 1)
+        self._depths: dict[str, int | None] = {}
+        self._inspected: dict[str, int] = {}
+
+    def metrics(self, engine: GuardEngine) -> dict[str, float]:
+        """Metrics of the last step of ``engine``; none before its first."""
+        recorder, norms = engine.recorder, engine.last_norms
+        if recorder.last is None or norms is None or not engine.active:
+            return {}
+        label = recorder.label
+        if label not in self._depths:
+            depth = self._asked or depth_within(norms.names, self._most_layers)
+            self._depths[label] = depth
+        layers = norms.layers(self._depths[label])
+        return {
+            **step_metrics(recorder.last, protecting=engine.mode == "protect", label=label),
+            **count_metrics(engine.counts, label),
+            **layer_metrics(self._first(layers), label),
+            **time_metrics(recorder.latest_readings[: self._most_times], label),
+            **self._of_inspection(engine),
+        }
+
+    def _of_inspection(self, engine: GuardEngine) -> dict[str, float]:
+        """Metrics of the newest inspection, where it has come since values were logged last."""
+        inspection, label = engine.recorder.inspection, engine.recorder.label
+        if inspection is None or self._inspected.get(label) == inspection.step:
+            return {}
+        self._inspected[label] = inspection.step
+        updates = layer_updates(inspection, self._depths[label])
+        return inspection_metrics(inspection, self._first(updates), label)
+
+    def _first(self, values: dict[str, float]) -> dict[str, float]:
+        """Who has named a depth gets all layers; otherwise a flat model may still have too many."""
+        if self._asked is not None or len(values) <= self._most_layers:
+            return values
+        return dict(list(values.items())[: self._most_layers])
