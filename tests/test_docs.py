@@ -16,6 +16,8 @@ DOCUMENTS = (
     "docs/findings.md",
     "docs/remedies.md",
     "docs/recurrent.md",
+    "docs/history.md",
+    "docs/plots.md",
 )
 
 PYTHON_BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
