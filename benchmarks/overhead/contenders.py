@@ -88,6 +88,10 @@ CONTENDERS = {
             "detect_anomaly", lambda module, directory: {"detect_anomaly": True}, cheap=False
         ),
         Contender("GradientMonitor", lambda module, directory: {"callbacks": [GradientMonitor()]}),
+        Contender(
+            "GradGuard without history",
+            lambda module, directory: {"callbacks": [GradGuard(history=False, report=False)]},
+        ),
         Contender("GradGuard", lambda module, directory: {"callbacks": [GradGuard()]}),
     )
 }

@@ -94,8 +94,8 @@ class RunInfo:
         planned_steps: Optimizer steps that it is planned to take; ``None`` if not known.
         settings: The guard's, as plain values.
         versions: Of this package, torch, lightning and Python, by name.
-        optimizers: Of each optimizer its ``label``, ``class`` and ``lr``; whether the guard responds
-            (``mode``, ``"protect"`` or ``"observe"``); and its ``counts``.
+        optimizers: Of each its ``label``, ``class``, ``lr`` and ``counts``; and its ``mode``,
+            ``"protect"`` or ``"observe"``: whether the guard responds.
     """
 
     name: str = ""
