@@ -27,6 +27,7 @@ from lightning_gradguard.measure._recurrences import (
     Recurrence,
     Weights,
 )
+from lightning_gradguard.measure._recurrent_kinds import recurrent_kind
 from lightning_gradguard.measure._taps import feature_norms
 from lightning_gradguard.measure._way_back import _CHUNK_ELEMENTS, _REPLAY_TOLERANCE
 from lightning_gradguard.measure.decay import bin_profile, float_floor, recency, transport_decay
@@ -46,7 +47,7 @@ def cell_drafts(watch: CellWatch) -> list[Draft]:
     if not chains:
         return []
     cell = watch.module
-    reading = TimeReading(watch.name, "", "exact", _kind(cell))
+    reading = TimeReading(watch.name, "", "exact", recurrent_kind(cell))
     returned_TB = _over(chains, [[_returned_norm(call) for call in chain] for chain in chains])
     input_TB = _over(chains, [[_input_norm(call) for call in chain] for chain in chains])
     timesteps, sequences = returned_TB.shape
@@ -118,12 +119,6 @@ def _special_forward(cell: Cell) -> str:
     if type(cell).forward not in own or "forward" in vars(cell):
         return "its forward is not torch's own"
     return ""
-
-
-def _kind(cell: Cell) -> str:
-    if isinstance(cell, nn.RNNCell):
-        return str(cell.nonlinearity)
-    return "lstm" if isinstance(cell, nn.LSTMCell) else "gru"
 
 
 def _chains(calls: list[CellCall]) -> list[list[CellCall]]:

@@ -10,7 +10,7 @@ import functools
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradguard.measure._call_shape import CallShape
 from lightning_gradguard.measure._capture import RecurrentModule
@@ -24,8 +24,9 @@ from lightning_gradguard.measure._drafts import (
     stacked,
 )
 from lightning_gradguard.measure._recurrent_calls import RecurrentCall, RecurrentWatch
+from lightning_gradguard.measure._recurrent_kinds import recurrent_kind
 from lightning_gradguard.measure._taps import feature_norms
-from lightning_gradguard.measure._traced_calls import TracedCall, records
+from lightning_gradguard.measure._traced_calls import TracedCall
 from lightning_gradguard.measure.adjoint import (
     RecurrentAdjoint,
     ReplayError,
@@ -42,16 +43,20 @@ from lightning_gradguard.readings import TimeReading
 
 _ONE_STEP = "it was called with sequences of one timestep, through which nothing travels"
 _STEP_BY_STEP = "it was called one timestep at a time; the way from call to call is not measured"
+_TOO_DILATED = (
+    "its sequences are shorter than two of its steps of {stride} timesteps, too few for a rate"
+)
 _NO_INPUT_GRADIENT = "the backward pass did not compute the gradient of its input"
 
 
 def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
     """Readings of each layer and direction if they were captured, or else of the whole module."""
     calls = sorted(watch.calls, key=lambda call: call.number)
-    kind = _kind(watch.module)
+    kind = recurrent_kind(watch.module)
     if not calls:
-        note = _ONE_STEP if watch.single_steps == 1 else _STEP_BY_STEP
-        one = TimeReading(watch.name, "", "input", kind, timesteps=1, note=note)
+        stride = _stride(watch.module)
+        note = _single_steps_in_words(watch.single_steps, stride)
+        one = TimeReading(watch.name, "", "input", kind, timesteps=stride, note=note)
         return [Draft(one)] if watch.single_steps else []
     if not any(call.exact for call in calls):
         return [_whole(watch, kind, calls, "")]
@@ -68,12 +73,11 @@ def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
     ]
 
 
-def _kind(rnn: RecurrentModule) -> str:
-    if records(rnn):
-        return "other"
-    if isinstance(rnn, nn.RNN):
-        return str(rnn.nonlinearity)
-    return "lstm" if isinstance(rnn, nn.LSTM) else "gru"
+def _single_steps_in_words(calls: int, stride: int) -> str:
+    """Why calls of a single step give no rate."""
+    if stride > 1:
+        return _TOO_DILATED.format(stride=stride)
+    return _ONE_STEP if calls == 1 else _STEP_BY_STEP
 
 
 def _parts(rnn: RecurrentModule) -> list[str]:

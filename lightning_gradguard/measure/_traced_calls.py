@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -13,6 +14,7 @@ from lightning_gradguard.measure._call_shape import CallShape
 from lightning_gradguard.measure._recurrent_calls import RecurrentCall, RecurrentWatch
 from lightning_gradguard.measure._taps import Switch, listen
 from lightning_gradguard.measure._traced_adjoint import traced_adjoint
+from lightning_gradguard.measure._traced_causes import traced_causes
 from lightning_gradguard.measure.adjoint import RecurrentAdjoint
 from lightning_gradguard.nn._scan import Gradients, Trace
 
@@ -67,7 +69,9 @@ class TracedCall(RecurrentCall):
             self.refusal = f"its states hold {states:,} numbers, too many to keep their gradients"
         else:
             has_cell = "c" in self._watch.module.state_names
-            self.adjoint = traced_adjoint(trace, gradients, has_cell=has_cell)
+            adjoint = traced_adjoint(trace, gradients, has_cell=has_cell)
+            causes = traced_causes(self._watch.module, trace)
+            self.adjoint = replace(adjoint, causes=causes)
 
 
 class TracedWatch(RecurrentWatch):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.measure._activation_kinds import activation_kind
 from lightning_gradguard.measure._layers import clean_name
+from lightning_gradguard.nn import DilatedRNN, TemporalAttention
 from lightning_gradguard.readings import ModelFacts
 
 # The first that a class derives from decides.
@@ -43,9 +44,10 @@ _OTHER_ACTIVATIONS = frozenset(
 def model_facts(model: nn.Module, optimizer: Optimizer) -> ModelFacts:
     """Describe a model and its optimizer; precision and planned steps are for the caller to add.
 
-    Kinds are those of modules without children. ``nn.MultiheadAttention`` and parametrized modules
-    count as such, and what is in them is left out. Every normalization that is not over the batch
-    counts as ``"layer_norm"``.
+    Kinds are those of modules without children. Attention and parametrized modules count as such,
+    and what is in them is left out. Every normalization that is not over the batch counts as
+    ``"layer_norm"``. Of a stack of dilated layers both the stack, ``"dilated"``, and its layers are
+    there.
 
     Example:
         >>> import torch
@@ -62,7 +64,8 @@ def model_facts(model: nn.Module, optimizer: Optimizer) -> ModelFacts:
         whole = kind == "attention" or nn.utils.parametrize.is_parametrized(module)
         if whole:
             inside.update(id(part) for part in module.modules() if part is not module)
-        if id(module) in inside or not (whole or next(module.children(), None) is None):
+        known = whole or kind == "dilated" or next(module.children(), None) is None
+        if id(module) in inside or not known:
             continue
         name = clean_name(f"{raw}.").rstrip(".")
         kinds[name] = kind
@@ -88,6 +91,10 @@ def kind_of(module: nn.Module) -> str:
                 return _KINDS[base.__name__]
             if base.__name__ in _OTHER_ACTIVATIONS:
                 return base.__name__.lower()
+    if isinstance(module, TemporalAttention):
+        return "attention"
+    if isinstance(module, DilatedRNN):
+        return "dilated"
     activation = activation_kind(module)
     return "other" if activation is None else activation.name
 

@@ -19,7 +19,7 @@ class ModelFacts:
         kinds: Module path to kind, in the order of registration, of modules without children:
             ``"linear"``, ``"conv"``, ``"embedding"``, ``"lstm"``, ``"gru"``, ``"rnn"``,
             ``"batch_norm"``, ``"layer_norm"``, ``"dropout"``, ``"attention"``; activations in lower
-            case (``"relu"``, ``"sigmoid"``); ``"other"``.
+            case (``"relu"``, ``"sigmoid"``); ``"other"``. Also stacks, ``"dilated"``.
         training: Module path to whether it is in train mode, for normalization and dropout.
         precision: ``"32"``, ``"bf16"``, ``"16"``, ... as far as known; empty if not.
         optimizers: Optimizers of the run. With several, as in a GAN, a loss is part of a game: that

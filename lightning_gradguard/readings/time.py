@@ -24,7 +24,8 @@ class TimeReading:
         source: ``"exact"`` from the adjoint of every state, ``"input"`` from the gradient of the
             module's input (the whole signal, through one matrix), ``"output"`` from the gradient
             of its output (of modules without a recurrence, where that is the whole signal).
-        kind: What the module is: ``"lstm"``, ``"gru"``, ``"tanh"``, ``"relu"``, or ``"other"``.
+        kind: What the module is: ``"lstm"``, ``"gru"``, ``"tanh"``, ``"relu"``, ``"leaky_relu"``,
+            ``"prelu"``, or ``"other"``.
         timesteps: Length of the longest sequence, T.
         sequences: Sequences that the reading rests on.
         decay_rate: Mean log transport gain, nats per step back in time: below 0 the gradient

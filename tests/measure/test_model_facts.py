@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from lightning_gradguard.measure.model_facts import model_facts
+from lightning_gradguard.nn import DilatedRNN, TemporalAttention
 
 
 def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -58,6 +59,25 @@ def test_names_are_without_wrappers() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     model[0] = torch.compile(model[0], backend="eager")
     assert dict(model_facts(model, sgd(model)).kinds) == {"0": "linear", "1": "tanh"}
+
+
+def test_what_carries_the_gradient_back_through_time_is_named_as_a_whole() -> None:
+    model = nn.ModuleDict(
+        {
+            "stack": DilatedRNN(2, 4, 2, cell="gru"),
+            "additive": TemporalAttention(4),
+            "dot": TemporalAttention(4, "dot"),
+            "heads": TemporalAttention(4, "multihead", 2),
+        }
+    )
+    assert dict(model_facts(model, sgd(model)).kinds) == {
+        "stack": "dilated",
+        "stack.layers.0": "gru",
+        "stack.layers.1": "gru",
+        "additive": "attention",
+        "dot": "attention",
+        "heads": "attention",
+    }
 
 
 @pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25)])
