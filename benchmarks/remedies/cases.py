@@ -276,6 +276,13 @@ CASES = (
         on_model,
     ),
     Case(
+        "Dilated layers",
+        _memory("tanh", "tanh RNN"),
+        partial(recurrent, "tanh"),
+        _time("tanh", "dilated-layers"),
+        on_model,
+    ),
+    Case(
         "Identity recurrence",
         _memory("relu", "ReLU RNN"),
         partial(recurrent, "relu"),

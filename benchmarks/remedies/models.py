@@ -44,16 +44,15 @@ class LastStep(nn.Module):
 
 
 class Attending(LastStep):
-    """The same with attention over all outputs, asked by the last one."""
+    """The same with all outputs pooled by attention, asked by the last one."""
 
     def __init__(self, rnn: nn.Module, attention: nn.Module, hidden_size: int) -> None:
         super().__init__(rnn, hidden_size)
         self.attention = attention
 
     def forward(self, inputs: Tensor) -> Tensor:
-        output = self.rnn(inputs)[0].transpose(0, 1)
-        read, _ = self.attention(output[:, -1:], output, output)
-        logits: Tensor = self.head(read[:, 0])
+        read, _ = self.attention(self.rnn(inputs)[0])
+        logits: Tensor = self.head(read)
         return logits
 
 

@@ -13,7 +13,8 @@ from lightning_gradguard.diagnose.places import in_words
 from lightning_gradguard.diagnose.thresholds import Thresholds
 from lightning_gradguard.diagnose.time_remedies import explosion_remedies, vanishing_remedies
 from lightning_gradguard.diagnose.time_watch import TimeWatch, Verdict
-from lightning_gradguard.readings import HORIZON_FACTOR, TimeReading
+from lightning_gradguard.diagnose.time_ways import steps_to_bridge
+from lightning_gradguard.readings import HORIZON_FACTOR, ModelFacts, TimeReading
 
 _CAUSES = {
     "forget_gate": "mean forget gate",
@@ -30,11 +31,17 @@ class _DecayDetector(ABC):
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self._thresholds = thresholds or Thresholds()
-        self._watch = TimeWatch(self._thresholds, self._is_symptom, note_at_once=self._note_at_once)
+        self._watch = TimeWatch(
+            self._thresholds, self._is_symptom, self._steps, note_at_once=self._note_at_once
+        )
 
     @abstractmethod
     def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
-        """Whether a rate is bad beyond its error in sequences of that length."""
+        """Whether a rate is bad beyond its error over so many timesteps."""
+
+    @abstractmethod
+    def _steps(self, reading: TimeReading, model: ModelFacts) -> int:
+        """Over how many timesteps of a reading the rate matters."""
 
     @abstractmethod
     def _finding(self, verdict: Verdict, step: int) -> Finding:
@@ -71,10 +78,11 @@ class VanishingInTimeDetector(_DecayDetector):
     """A gradient that reaches only a small part of the sequence.
 
     The symptom is a horizon below `short_horizon` of the timesteps even at the optimistic end of
-    the rate's confidence interval. `INFO` when it lasts `time_persistence` readings; `WARNING`
-    when at each of them the loss was no better than early in training, or worse. Neither while
-    the rate rises: many a module starts with a short horizon and recovers by itself. Without a
-    known loss there is no functional evidence, so no finding is above `INFO`.
+    the rate's confidence interval; where attention reads the states, of those timesteps only that
+    come before the first which it reaches. `INFO` when it lasts `time_persistence` readings;
+    `WARNING` when at each of them the loss was no better than early in training, or worse. Neither
+    while the rate rises: many a module starts with a short horizon and recovers by itself. Without
+    a known loss there is no functional evidence, so no finding is above `INFO`.
 
     State is kept per layer and direction. A finding's episode ends after `time_persistence`
     readings without the symptom.
@@ -85,6 +93,9 @@ class VanishingInTimeDetector(_DecayDetector):
     def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
         share = self._thresholds.short_horizon * timesteps
         return -(rate + error) * share > math.log(HORIZON_FACTOR)
+
+    def _steps(self, reading: TimeReading, model: ModelFacts) -> int:
+        return steps_to_bridge(reading, model)
 
     def _finding(self, verdict: Verdict, step: int) -> Finding:
         symptom = _vanishing_in_words(verdict.reading)
@@ -107,6 +118,9 @@ class TimeExplosionDetector(_DecayDetector):
 
     def _is_symptom(self, rate: float, error: float, timesteps: int) -> bool:
         return (rate - error) * timesteps > self._thresholds.growth
+
+    def _steps(self, reading: TimeReading, model: ModelFacts) -> int:
+        return reading.timesteps
 
     def _finding(self, verdict: Verdict, step: int) -> Finding:
         symptom = _explosion_in_words(verdict.reading)
@@ -143,7 +157,8 @@ def _place(reading: TimeReading) -> str:
     if not reading.part:
         return module
     layer, _, reverse = reading.part.partition("_")
-    return f"{module} (layer {layer.removeprefix('l')}{', reverse direction' if reverse else ''})"
+    words = "all layers" if layer == "layers" else f"layer {layer.removeprefix('l')}"
+    return f"{module} ({words}{', reverse direction' if reverse else ''})"
 
 
 def _vanishing_in_words(reading: TimeReading) -> str:

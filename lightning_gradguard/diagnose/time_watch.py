@@ -12,7 +12,8 @@ from lightning_gradguard.diagnose.episode import Episode
 from lightning_gradguard.diagnose.findings import Severity
 from lightning_gradguard.diagnose.progress import LossProgress, known_loss
 from lightning_gradguard.diagnose.thresholds import Thresholds
-from lightning_gradguard.readings import TimeReading
+from lightning_gradguard.diagnose.time_ways import stacks_as_one
+from lightning_gradguard.readings import ModelFacts, TimeReading
 
 # Layers and directions that are followed; a bound on memory, far above any real model's.
 MAX_PARTS = 512
@@ -75,7 +76,7 @@ class TimeWatch:
     A reading counts if its rate is a finite number that rests on all states or on the whole
     signal, its sequences are not too short, and it is `time_spacing` steps younger than the last
     that counted. A module that has readings of several layers or directions is judged by these
-    alone; with one, what is read of the module is read of it.
+    alone; with one, what is read of the module is read of it. A dilated stack is judged as one.
 
     `INFO` when the symptom lasts `time_persistence` readings in a row; `WARNING` when at all of
     them but one the loss was no better than early, or worse, and `time_share` of the planned steps
@@ -83,7 +84,8 @@ class TimeWatch:
 
     Args:
         thresholds: The numbers that decide.
-        symptom: Whether a rate (never NaN) is bad beyond its error in sequences of T timesteps.
+        symptom: Whether a rate (never NaN) is bad beyond its error over so many timesteps.
+        steps: Over how many of a reading's timesteps it matters.
         note_at_once: Whether one reading with a known error is enough for `INFO`.
     """
 
@@ -95,11 +97,13 @@ class TimeWatch:
         self,
         thresholds: Thresholds,
         symptom: Callable[[float, float, int], bool],
+        steps: Callable[[TimeReading, ModelFacts], int],
         *,
         note_at_once: bool,
     ) -> None:
         self._thresholds = thresholds
         self._symptom = symptom
+        self._steps = steps
         self._note_at_once = note_at_once
         self._progress = LossProgress(thresholds)
         self.reset()
@@ -123,9 +127,8 @@ class TimeWatch:
             self._progress.update(loss)
         self._step = observation.step
         self._planned = observation.model.planned_steps or 0
-        usable = [
-            self._with_part(reading) for reading in observation.time if self._is_usable(reading)
-        ]
+        readings = stacks_as_one(observation.time, observation.model)
+        usable = [self._with_part(reading) for reading in readings if self._is_usable(reading)]
         if not usable:
             return []
         for reading in usable:
@@ -136,7 +139,7 @@ class TimeWatch:
         found = []
         for reading in usable:
             if reading.part or reading.module not in split:
-                found += self._follow(reading)
+                found += self._follow(reading, observation.model)
         return found
 
     def is_open(self, where: str) -> bool:
@@ -216,7 +219,7 @@ class TimeWatch:
             and spacing <= age < 2 * spacing
         )
 
-    def _follow(self, reading: TimeReading) -> list[Verdict]:
+    def _follow(self, reading: TimeReading, model: ModelFacts) -> list[Verdict]:
         part = self._parts.get(reading.name)
         if part is None:
             if len(self._parts) >= MAX_PARTS:
@@ -230,7 +233,8 @@ class TimeWatch:
         # Without an interval of its own, a reading stands only together with the ones after it.
         known = reading.decay_error >= 0.0
         error = reading.decay_error if known else 0.0
-        if not self._symptom(reading.decay_rate, error, reading.timesteps):
+        steps = self._steps(reading, model)
+        if not self._symptom(reading.decay_rate, error, steps):
             part.marks = []
             part.episode.calm()
             return []

@@ -65,7 +65,7 @@ def test_every_link_of_a_remedy_leads_to_a_heading() -> None:
         for evidence in ({}, {"no_optimizer": 1.0}, {"median": 0.1}, {"latest": 3.0}):
             finding = Finding(pathology, Severity.WARNING, where, 0, evidence, "It is.")
             links |= {remedy.evidence for remedy in remedies_for(finding, facts)}
-    for kind in ("lstm", "gru", "tanh", "relu", "other"):
+    for kind in ("lstm", "gru", "tanh", "relu", "prelu", "other"):
         reading = TimeReading("rnn", "l0", "exact", kind, 60, decay_rate=-0.5)
         for remedy in (*vanishing_remedies(reading), *explosion_remedies(reading)):
             links.add(remedy.evidence)
@@ -73,16 +73,20 @@ def test_every_link_of_a_remedy_leads_to_a_heading() -> None:
     assert len(links) > 12
 
 
-def test_the_first_recurrent_remedy_is_the_best_that_was_measured(result: dict[str, Any]) -> None:
-    def score(evidence: str) -> float:
+def test_recurrent_remedies_are_ranked_as_they_were_measured(result: dict[str, Any]) -> None:
+    """None is named before one whose range lies above its own; simpler ones go first else."""
+
+    def scores(evidence: str) -> list[float]:
         anchor = evidence.partition("#")[2]
         (case,) = [c for c in CASES if c.anchor == anchor]
-        return sorted(result["cases"][case.heading]["with"])[2]
+        return result["cases"][case.heading]["with"]
 
     for kind in ("tanh", "relu"):
         reading = TimeReading("rnn", "l0", "exact", kind, 60, decay_rate=-0.5)
-        scores = [score(r.evidence) for r in vanishing_remedies(reading) if r.evidence]
-        assert scores == sorted(scores, reverse=True), kind
+        measured = [scores(r.evidence) for r in vanishing_remedies(reading) if r.evidence]
+        assert len(measured) == 3
+        for first, second in itertools.combinations(measured, 2):
+            assert min(second) <= max(first), kind
 
 
 def test_quick_run_leaves_table_json_and_plot(tmp_path: Path, capsys: Any) -> None:

@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.diagnose import Finding, Pathology, Severity
+from lightning_gradguard import nn as ours
+from lightning_gradguard.diagnose import Finding, Pathology, Remedy, Severity
+from lightning_gradguard.diagnose.remedies import remedies_for
+from lightning_gradguard.measure import TimestepProbe
+from lightning_gradguard.nn._gates import recurrent_layers
+from lightning_gradguard.readings import ModelFacts
 from tests.diagnose.time_runs import (
     CAUSES,
     diagnose,
@@ -121,6 +126,115 @@ def inside(path: str, module: nn.Module) -> nn.Module:
     return module
 
 
+# Kind and part of a reading, and a module of this package that has such readings.
+OWN: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
+    "residual lstm": ("lstm", "l1", lambda: ours.LSTM(3, 8, 2, residual=True)),
+    "layer norm lstm": ("lstm", "l1", lambda: ours.LayerNormLSTM(3, 8, 2, batch_first=True)),
+    "batch norm lstm": ("lstm", "l0", lambda: ours.BatchNormLSTM(3, 8, max_length=120)),
+    "skip lstm": ("lstm", "", lambda: ours.SkipLSTM(3, 8, 2)),
+    "temporal skip lstm": ("lstm", "l0", lambda: ours.TemporalSkipRNN(3, 8, skip=4, cell="lstm")),
+    "layer norm gru": ("gru", "l0_reverse", lambda: ours.LayerNormGRU(3, 8, bidirectional=True)),
+    "skip gru": ("gru", "l0", lambda: ours.SkipGRU(3, 8)),
+    "temporal skip gru": ("gru", "l0", lambda: ours.TemporalSkipRNN(3, 8, skip=4, cell="gru")),
+    "temporal skip": ("tanh", "l0", lambda: ours.TemporalSkipRNN(3, 8, skip=4)),
+    "leaky": ("leaky_relu", "l1", lambda: ours.RNN(3, 8, 2, nonlinearity="leaky_relu")),
+    "prelu": ("prelu", "l0", lambda: ours.RNN(3, 8, nonlinearity="prelu")),
+    "dilated lstm": ("lstm", "layers", lambda: ours.DilatedRNN(3, 8, 2)),
+    "dilated gru": (
+        "gru", "layers_reverse", lambda: ours.DilatedRNN(3, 8, 2, cell="gru", bidirectional=True)
+    ),
+    "dilated rnn": ("tanh", "layers", lambda: ours.DilatedRNN(3, 8, 2, cell="rnn")),
+}  # fmt: skip
+
+
+def remedies_of(kind: str, part: str, path: str, rate: float) -> tuple[Remedy, ...]:
+    source = "exact"
+    findings = diagnose(
+        run(steady(rate), stuck(), kind=kind, module=path, part=part, source=source)
+    )
+    remedies: tuple[Remedy, ...] = findings[-1].remedies
+    assert len(remedies) == 3
+    assert len(set(remedies)) == 3
+    return remedies
+
+
+def run_line(remedy: Remedy, module: nn.Module, path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """What stands in the module's place afterwards, and everything that the line could touch."""
+    assert re.fullmatch(r"[A-Z][^.]*\.", remedy.sentence), remedy.sentence
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "model": inside(path, module),
+        "optimizer": torch.optim.SGD(module.parameters(), lr=0.1),
+        "sequence": torch.zeros(120, 3),
+        "output": torch.zeros(5, 120, 8),
+        "Trainer": lambda callbacks: callbacks,
+        "GradGuard": lambda: None,
+    }
+    exec(compile(remedy.code, "remedy", "exec"), scope)
+    return scope["model"].get_submodule(path) if path else scope["model"], scope
+
+
+def runs(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The output for ``(T, B, 3)``, in this layout too."""
+    first = getattr(module, "batch_first", False)
+    output: torch.Tensor = module(x.transpose(0, 1) if first else x)[0]
+    return output.transpose(0, 1) if first else output
+
+
+def check_line(remedy: Remedy, module: nn.Module, path: str) -> None:
+    """Each line does what its sentence says."""
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    now, scope = run_line(remedy, module, path)
+    changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    if now is not module:
+        check_replaced(remedy, module, now)
+    elif "attention" in remedy.sentence:
+        check_attention(scope["attention"], module)
+    elif "sequences" in remedy.sentence:
+        assert len(scope["sequence"]) == 16
+    elif "bias" in remedy.sentence:
+        assert changed
+        assert all("bias" in name for name in changed)
+        check_chrono(now)
+    elif "recurrent weights" in remedy.sentence and "learning rate" not in remedy.sentence:
+        assert changed
+        assert all("weight_hh" in name for name in changed)
+        for name in changed:
+            for weight in dict(module.named_parameters())[name].split(8):
+                assert torch.allclose(weight @ weight.T, torch.eye(8), atol=1e-5)
+
+
+def check_replaced(remedy: Remedy, module: nn.Module, now: nn.Module) -> None:
+    assert remedy.sentence.startswith("Before the optimizer is made, ")
+    if "gated" in remedy.sentence:
+        assert isinstance(now, nn.GRU | nn.GRUCell)
+        check_chrono(now)
+    else:
+        assert isinstance(now, ours.DilatedRNN)
+        assert now.dilations == (1, 2, 4, 8, 16, 32)
+        assert now.cell == getattr(module, "cell", "rnn")
+    if not isinstance(module, nn.RNNCellBase):
+        x = torch.randn(120, 2, 3)
+        assert runs(now, x).shape == runs(module, x).shape
+
+
+def check_attention(attention: nn.Module, module: nn.Module) -> None:
+    if isinstance(module, nn.RNNCellBase):
+        assert attention.hidden_size == 8
+        return
+    x = torch.randn(7, 4, 3)
+    context, weights = attention(module(x.transpose(0, 1) if module.batch_first else x)[0])
+    assert context.shape[0] == 4
+    assert weights.shape == (4, 7)
+
+
+def check_chrono(module: nn.Module) -> None:
+    most = math.log(119.0) + (1.0 if isinstance(module, ours.SkipGRU) else 0.4)  # the other bias
+    for layer in recurrent_layers(module):
+        bias = sum(layer.blocks(bias)["f" if "f" in layer.gates else "z"] for bias in layer.biases)
+        assert -0.4 <= bias.min() <= bias.max() <= most
+
+
 @pytest.mark.parametrize("cell", MODULES)
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "cell"])
 @pytest.mark.parametrize("path", ["rnn", "encoder.rnn", "layers.0", "class.rnn", ""])
@@ -128,54 +242,87 @@ def inside(path: str, module: nn.Module) -> nn.Module:
 def test_remedies_run_on_the_module_they_name(
     cell: str, fused: bool, path: str, rate: float
 ) -> None:
-    """Not only valid Python: each line does what its sentence says to a real module."""
     part = "l1_reverse" if fused else ""
-    findings = diagnose(run(steady(rate), stuck(), kind=cell, module=path, part=part))
-    remedies = findings[-1].remedies
-    assert 2 <= len(remedies) <= 3
-    for remedy in remedies:
-        assert re.fullmatch(r"[A-Z][^.]*\.", remedy.sentence), remedy.sentence
-        compile(remedy.code, "remedy", "exec")
-        if "Trainer" in remedy.code or "lr" in remedy.code:
-            continue
-        module = (MODULES if fused else CELLS)[cell]()
-        scope: dict[str, Any] = {
-            "torch": torch,
-            "model": inside(path, module),
-            "sequence": torch.zeros(120, 3),
-        }
-        before = {name: p.clone() for name, p in module.named_parameters()}
-        exec(remedy.code, scope)
-        now = scope["model"].get_submodule(path) if path else scope["model"]
-        changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
-        suffix = f"_{part}" if fused else ""
-        if "gated" in remedy.sentence:
-            assert isinstance(now, nn.GRU if fused else nn.GRUCell)
-        elif "attention" in remedy.sentence:
-            assert scope["attention"].embed_dim == 8
-        elif "sequences" in remedy.sentence:
-            assert len(scope["sequence"]) == 16
-        elif "bias" in remedy.sentence:
-            assert changed == {f"bias_hh{suffix}"}
-            bias = dict(module.named_parameters())[f"bias_hh{suffix}"][8:16]
-            assert 0.0 <= bias.min() <= bias.max() <= math.log(119.0)
-        else:
-            assert changed == {f"weight_hh{suffix}"}
-            for weight in dict(module.named_parameters())[f"weight_hh{suffix}"].split(8):
-                assert torch.allclose(weight @ weight.T, torch.eye(8), atol=1e-5)
+    for remedy in remedies_of(cell, part, path, rate):
+        check_line(remedy, (MODULES if fused else CELLS)[cell](), path)
 
 
-def test_a_remedy_lengthens_the_horizon_it_was_found_by() -> None:
-    """The chrono line, run on a real LSTM, opens its forget gates."""
-    (finding,) = diagnose(run(steady(-0.44), stuck()))
-    rnn = nn.LSTM(1, 110)
-    x = torch.rand(120, 1, 1, requires_grad=True)
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("path", ["rnn", "blocks.0", ""])
+@pytest.mark.parametrize("rate", [-0.44, 0.12], ids=["vanishing", "exploding"])
+def test_remedies_run_on_the_modules_of_this_package(name: str, path: str, rate: float) -> None:
+    kind, part, make = OWN[name]
+    for remedy in remedies_of(kind, part, path, rate):
+        check_line(remedy, make(), path)
 
-    def reach() -> float:
-        (grad,) = torch.autograd.grad(rnn(x)[0][-1].sum(), x)
-        return math.log(float(grad[100].norm() / grad[20].norm())) / 80
 
-    before = reach()
-    exec(finding.remedies[0].code, {"model": inside("rnn", rnn), "torch": torch})
-    assert before > 0.4
-    assert reach() < 0.1
+def test_of_a_module_that_is_not_known_the_lines_run_as_well() -> None:
+    for rate in (-0.44, 0.12):
+        found = diagnose(run(steady(rate), stuck(), kind="other", part=""))
+        assert len(found[-1].remedies) >= 2
+        for remedy in found[-1].remedies:
+            run_line(remedy, nn.LSTM(3, 8), "rnn")
+
+
+def test_a_guarded_run_is_not_told_to_be_guarded() -> None:
+    *_, finding = diagnose(run(steady(0.12), stuck()))
+    free, guarded = (remedies_for(finding, ModelFacts(guarded=is_so)) for is_so in (False, True))
+    assert "GradGuard()" in free[0].code
+    assert guarded == free[1:]
+
+
+HORIZONS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "torch lstm": ("lstm", lambda: nn.LSTM(4, 24)),
+    "torch gru": ("gru", lambda: nn.GRU(4, 24)),
+    "torch rnn": ("tanh", lambda: nn.RNN(4, 24)),
+    "residual lstm": ("lstm", lambda: ours.LSTM(4, 24, 2, residual=True)),
+    "layer norm lstm": ("lstm", lambda: ours.LayerNormLSTM(4, 24)),
+    "batch norm lstm": ("lstm", lambda: ours.BatchNormLSTM(4, 24, max_length=60)),
+    "layer norm gru": ("gru", lambda: ours.LayerNormGRU(4, 24)),
+    "residual gru": ("gru", lambda: ours.GRU(4, 24, 2, residual=True)),
+    "skip lstm": ("lstm", lambda: ours.SkipLSTM(4, 24)),
+    "skip gru": ("gru", lambda: ours.SkipGRU(4, 24)),
+    "temporal skip": ("tanh", lambda: ours.TemporalSkipRNN(4, 24, skip=6)),
+    "temporal skip lstm": ("lstm", lambda: ours.TemporalSkipRNN(4, 24, skip=6, cell="lstm")),
+    "temporal skip gru": ("gru", lambda: ours.TemporalSkipRNN(4, 24, skip=6, cell="gru")),
+}
+
+
+def rate(model: nn.Module) -> float:
+    """Of the layer or direction in which the least is lost."""
+    with TimestepProbe(model) as probe:
+        output = model.get_submodule("rnn")(torch.randn(60, 8, 4))[0]
+        output[-1].square().sum().backward()
+        return max(one.decay_rate for one in probe.measure())
+
+
+def forgetful(module: nn.Module) -> nn.Module:
+    """Gates that keep little of the state, so that the gradient vanishes in any of them."""
+    with torch.no_grad():
+        for layer in recurrent_layers(module):
+            for gate in {"f", "z"} & set(layer.gates):
+                layer.blocks(layer.biases[0])[gate].fill_(-3.0)
+    return module
+
+
+@pytest.mark.parametrize("name", HORIZONS)
+def test_the_first_remedy_keeps_the_gradient_where_it_vanished(name: str) -> None:
+    torch.manual_seed(0)
+    kind, make = HORIZONS[name]
+    model = inside("rnn", forgetful(make()))
+    before = rate(model)
+    first = remedies_of(kind, "l0", "rnn", -0.44)[0]
+    exec(first.code, {"model": model, "torch": torch})
+    assert rate(model) > 0.6 * before, first.code
+    assert before < 0.0
+
+
+@pytest.mark.parametrize("kind", ["tanh", "relu"])
+def test_dilated_layers_are_a_shorter_way_than_what_they_replace(kind: str) -> None:
+    torch.manual_seed(0)
+    model = inside("rnn", nn.RNN(4, 24, nonlinearity=kind))
+    before = rate(model)
+    chosen = remedies_of(kind, "l0", "rnn", -0.44)
+    (dilated,) = [remedy for remedy in chosen if "dilated" in remedy.sentence]
+    exec(dilated.code, {"model": model, "torch": torch})
+    assert rate(model) > 0.2 * before

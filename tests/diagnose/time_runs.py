@@ -25,6 +25,8 @@ CAUSES = {
     "gru": {"update_gate": 0.48},
     "tanh": {"activation_slope": 0.61, "spectral_radius": 0.58},
     "relu": {"activation_slope": 0.5, "spectral_radius": 1.9},
+    "leaky_relu": {"activation_slope": 0.6, "spectral_radius": 1.7},
+    "prelu": {"activation_slope": 0.7},
     "other": {},
 }
 

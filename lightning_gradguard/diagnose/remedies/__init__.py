@@ -9,8 +9,9 @@
 ==================  ============================================================================
 
 Every line of code runs as it stands where `torch`, `model` and `optimizer` are what they are called
-in the run, and `inputs`, `sequence`, `batch` and `probability` what their names say. Remedies that
-`python -m benchmarks remedies` supports name the heading of ``docs/remedies.md`` with the numbers.
+in the run, and `inputs`, `sequence`, `output`, `batch` and `probability` what their names say; what
+it takes from this package it imports. Remedies that `python -m benchmarks remedies` supports name
+the heading of ``docs/remedies.md`` with the numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import replace
 from lightning_gradguard.diagnose.findings import Finding, Remedy, Severity
 from lightning_gradguard.diagnose.remedies.choice import CHOICES
 from lightning_gradguard.diagnose.remedies.step_remedies import lower_rate
-from lightning_gradguard.diagnose.time_remedies import SLOWER
+from lightning_gradguard.diagnose.time_remedies import GUARD, SLOWER
 from lightning_gradguard.readings import ModelFacts
 
 __all__ = ["remedies_for", "with_remedies", "without_remedy"]
@@ -63,7 +64,8 @@ def _advice(finding: Finding, remedy: Remedy) -> str:
 def remedies_for(finding: Finding, model: ModelFacts) -> tuple[Remedy, ...]:
     """Returns one to three things to try, best first.
 
-    Those that a finding through time brings are kept, because they are made from its reading.
+    Those that a finding through time brings are kept, because they are made from its reading; but
+    a run that is guarded is not told to be.
 
     Args:
         finding: As a detector found it.
@@ -77,7 +79,8 @@ def remedies_for(finding: Finding, model: ModelFacts) -> tuple[Remedy, ...]:
     """
     if finding.remedies and "decay_rate" in finding.evidence:
         slower = lower_rate(model)
-        return tuple(slower if r == SLOWER else r for r in finding.remedies)
+        fitting = [r for r in finding.remedies if not (model.guarded and r == GUARD)]
+        return tuple(slower if r == SLOWER else r for r in fitting)
     candidates = CHOICES[finding.pathology](finding, model)
     chosen = list(dict.fromkeys(remedy for remedy in candidates if remedy is not None))
     return tuple(chosen[:MOST_REMEDIES])
