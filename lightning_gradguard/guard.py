@@ -184,7 +184,7 @@ class GuardEngine(EngineResults):
             vanishing.check(model)
         protecting = mode == "protect"
         self.mode = mode
-        self.active, self.step = True, 0
+        self.active, self.step, self.last_norms_step = True, 0, -1
         self.last_norms: GradNorms | None = None
         self.recorder = recorder if recorder is not None else Recorder()
         self._model = model
@@ -346,7 +346,7 @@ class GuardEngine(EngineResults):
         if not any(norms.present):  # what was said is not heard, and is said again
             return
         self._broken = False
-        self.last_norms = norms
+        self.last_norms, self.last_norms_step = norms, self.step
         seen = self._samplers.before_step(self.step, norms, scale, unscaled=unscaled)
         if self._put_back_now:  # a level that the weights have left is not held against these
             self._put_back_now, seen = False, replace(seen, new_phase=True)
@@ -646,6 +646,7 @@ class GuardEngine(EngineResults):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state; from one of another version only the count of steps."""
         self.step = int(state["step"])
+        self.recorder.resume(self.step)
         if state.get("version") != STATE_VERSION:
             logger.warning("GradGuard starts afresh: the checkpoint is of another version of it.")
             return

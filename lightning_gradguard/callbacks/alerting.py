@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
@@ -11,11 +10,9 @@ from lightning_gradguard.record import (
     AlertSender,
     GradientAlert,
     Recorder,
-    WandbRun,
     channels_of,
+    wandb_runs,
 )
-
-logger = logging.getLogger("lightning_gradguard")
 
 
 def start_alerts(
@@ -36,27 +33,10 @@ def start_alerts(
     trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
     if settings is None or trial_run or not trainer.is_global_zero:
         return None
-    channels = channels_of(settings, wandb_runs(trainer) if settings.wandb else ())
+    channels = channels_of(settings, wandb_runs(trainer.loggers) if settings.wandb else ())
     if not channels:
         return None
     sender = AlertSender(settings, channels)
     for recorder in recorders:
         sender.listen(recorder)
     return sender
-
-
-def wandb_runs(trainer: Trainer) -> list[WandbRun]:
-    """The runs of the Trainer's loggers that can send alerts, which are those of W&B.
-
-    Known by what they can do and not by their type, so that W&B need not be installed.
-    """
-    runs: dict[int, WandbRun] = {}
-    for run_logger in trainer.loggers:
-        try:
-            run = getattr(run_logger, "experiment", None)
-        except Exception as error:  # noqa: BLE001 - a logger that fails is no reason not to guard
-            logger.warning("%s gets no alerts: %s", type(run_logger).__name__, error)
-            continue
-        if run is not None and callable(getattr(run, "alert", None)):
-            runs[id(run)] = run
-    return list(runs.values())

@@ -31,7 +31,7 @@ from lightning_gradguard.callbacks.results import Results
 from lightning_gradguard.callbacks.run_directory import run_directory
 from lightning_gradguard.callbacks.schedules import ScheduleHold
 from lightning_gradguard.callbacks.stopping import StoppedRun
-from lightning_gradguard.callbacks.surroundings import Surroundings, logged_step, surroundings
+from lightning_gradguard.callbacks.surroundings import Surroundings, logs_now, surroundings
 from lightning_gradguard.diagnose import Severity, Thresholds
 from lightning_gradguard.dry_run import Preflight, preflight
 from lightning_gradguard.guard import GuardEngine
@@ -122,7 +122,9 @@ class EngineCallback(Results, Callback):
         self.exact_every_n_steps = exact_every_n_steps
         self.preflight = preflight
         self.thresholds = thresholds
-        self._records = Records(layer_depth, history=history, report=report)
+        self.keeps_history = history
+        self.writes_report = report
+        self._records = Records(layer_depth, events=events, history=history, report=report)
         self._asked: dict[str, Any] = {}
         self._alerts: AlertSender | None = None
         self.preflight_result: Preflight | None = None
@@ -131,6 +133,7 @@ class EngineCallback(Results, Callback):
         self._engines: list[GuardEngine] = []
         self._by_optimizer: dict[int, GuardEngine] = {}
         self._losses: list[Tensor] = []
+        self._steps_before: list[int] = []
         self._epoch = EpochNorms()
         self._epoch_time = EpochTime()
         self._schedules = ScheduleHold()
@@ -239,11 +242,13 @@ class EngineCallback(Results, Callback):
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
         folder = directory / "gradguard" if directory and not trial_run else None
         self._stopped = StoppedRun(folder)
+        # One file and one writer for all optimizers.
+        writes = self.events and folder is not None and trainer.is_global_zero
+        events = EventLog(folder / "events.jsonl") if writes and folder is not None else None
         for number, optimizer in enumerate(trainer.optimizers):
             label = f"optimizer{number}" if len(trainer.optimizers) > 1 else ""
             recorder = Recorder(label, silent=not trainer.is_global_zero)
-            if self.events and folder and trainer.is_global_zero:
-                recorder.events = EventLog(folder / "events.jsonl")
+            recorder.events = events
             self._add_engine(pl_module, optimizer, surroundings(trainer, optimizer, recorder))
         explicit = self.timesteps not in (None, "auto")
         if explicit and not any(engine.watched_in_time for engine in self._engines):
@@ -285,6 +290,7 @@ class EngineCallback(Results, Callback):
         if self._before_flight and self._engines:
             self._before_flight = False
             self._run_preflight(trainer, pl_module, batch)
+        self._steps_before = [engine.step for engine in self._engines]
         if self._engines:
             self._moments.remember(pl_module, batch, batch_idx, self._engines)
 
@@ -371,9 +377,8 @@ class EngineCallback(Results, Callback):
         for engine in self._engines:
             self._epoch.add(engine)
             self._epoch_time.add(engine)
-        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
-        # Lightning's own rule for when a value logged now is kept.
-        if (logged_step(trainer) + 1) % max(every_n_steps, 1) == 0:
+        stepped = [engine.step for engine in self._engines] != self._steps_before
+        if stepped and logs_now(trainer):
             self._log_step(pl_module)
         self._records.tick()
         if any(engine.should_stop for engine in self._engines):
@@ -386,6 +391,7 @@ class EngineCallback(Results, Callback):
     @override
     @contained
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._records.tick()
         for engine in self._engines:
             engine.pause()
 
@@ -473,7 +479,7 @@ class EngineCallback(Results, Callback):
                 len(states),
                 len(self._engines),
             )
-            return True
+            return False
         for engine, state in zip(self._engines, states, strict=True):
             engine.load_state_dict(state)
         return True
@@ -510,9 +516,14 @@ class EngineCallback(Results, Callback):
         )
         for engine in self._engines:
             engine.fail()
+            if engine.recorder.events is not None:
+                engine.recorder.events.close()
         self._close_alerts()
         self._close_incidents()
-        self._records.close("stopped", f"the guard is off because of an error in {where}")
+        try:
+            self._records.close("stopped", f"the guard is off because of an error in {where}")
+        except Exception as second:  # noqa: BLE001 - the first one is told of already
+            logger.warning("The rest of the history is not written: %s", second)
 
 
 def _guards_on(trainer: Trainer) -> list[EngineCallback]:

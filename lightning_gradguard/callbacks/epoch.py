@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 
 from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record.metrics import metric_key, modules_of_one_part
+from lightning_gradguard.record.metrics import MAX_TIMES, metric_key, modules_of_one_part
 from lightning_gradguard.record.statistics import LogNormStatistics
 from lightning_gradguard.record.time_statistics import TimeDecayStatistics
 
@@ -91,7 +92,7 @@ class EpochTime:
         values = {}
         metrics = self.metrics
         alone = modules_of_one_part(metrics)
-        for name, metric in metrics.items():
+        for name, metric in islice(metrics.items(), MAX_TIMES):
             result = metric.compute()
             for field in ("decay_rate", "horizon"):
                 key = metric_key("grad_time", alone.get(name, name), f"{field}_epoch")

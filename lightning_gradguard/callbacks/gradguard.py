@@ -71,8 +71,10 @@ class GradGuard(EngineCallback):
             ``Incidents()``; ``False`` for nothing.
         history: Whether to keep the numbers of the run in ``gradguard/history`` in its log
             directory, at most 50 MB of them, for reports, ``gradguard watch`` and pandas. Default
-            ``True``; a Trainer without a logger needs a ``default_root_dir`` for it.
-        report: Whether to write ``gradguard/report.html`` at the end of the fit. Default ``True``.
+            ``True``; it needs the events, and of a Trainer without a logger a
+            ``default_root_dir``.
+        report: Whether to write ``gradguard/report.html`` at the end of the fit, from the history.
+            Default ``True``.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_gradguard._validation import check_type
-from lightning_gradguard.callbacks.gallery import Gallery
 from lightning_gradguard.callbacks.progress import ProgressState
 from lightning_gradguard.callbacks.recording import Recording
 from lightning_gradguard.callbacks.run_directory import wants_files
 from lightning_gradguard.callbacks.run_facts import run_info
 from lightning_gradguard.callbacks.step_log import StepLog
+from lightning_gradguard.callbacks.surroundings import logged_step
 from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record.run_history import RunStatus
+from lightning_gradguard.record.gallery import Gallery
+from lightning_gradguard.record.live_history import live_history
+from lightning_gradguard.record.run_history import RunHistory, RunInfo, RunStatus
 
 
 class Records:
@@ -25,28 +28,29 @@ class Records:
     Args:
         layer_depth: Components of the module path that make a layer in metric keys; ``None`` for
             the whole path, as far as there is room for.
-        history: Whether to keep the run's numbers on disk.
-        report: Whether to write a report of them at the end.
+        events: Whether findings and actions are kept on disk.
+        history: Whether to keep the run's numbers with them.
+        report: Whether to write a report of it all at the end.
 
     Raises:
         TypeError: If ``history`` or ``report`` is not a bool.
-        ValueError: If a report is wanted without a history.
     """
 
-    def __init__(self, layer_depth: int | None, *, history: bool, report: bool) -> None:
+    def __init__(
+        self, layer_depth: int | None, *, events: bool, history: bool, report: bool
+    ) -> None:
         check_type("history", history, bool, "True or False")
         check_type("report", report, bool, "True or False")
-        if report and not history:
-            raise ValueError(
-                "report must be False where history is False, as it is made from the history"
-            )
         self.layer_depth = layer_depth
         self.history = history
         self.report = report
+        self._keeps = events and history
         self._engines: list[GuardEngine] = []
+        self._info = RunInfo()
         self._log = StepLog(layer_depth)
         self._progress = ProgressState()
         self._recording: Recording | None = None
+        self._gallery: Gallery | None = None
 
     def start(
         self,
@@ -71,14 +75,17 @@ class Records:
         self._engines = [engine for engine, _ in guarded]
         self._log = StepLog(self.layer_depth, len(self._engines))
         self._progress.attach(trainer, self._engines)
-        writes = self.history and folder is not None and wants_files(trainer)
-        if folder is None or not writes or not self._engines or not trainer.is_global_zero:
+        trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
+        if not self._engines or trial_run or not trainer.is_global_zero:
             return
-        info = run_info(guards, trainer, module, guarded)
-        gallery = Gallery(trainer, info, self._engines)
-        self._recording = Recording(
-            folder, info, self._engines, gallery, report=self.report, resumed=resumed
-        )
+        self._info = run_info(guards, trainer, module, guarded)
+        recorders = [engine.recorder for engine in self._engines]
+        step = partial(logged_step, trainer)
+        self._gallery = Gallery(trainer.loggers, self._info, recorders, step)
+        if self._keeps and folder is not None and wants_files(trainer):
+            self._recording = Recording(
+                folder, self._info, self._engines, report=self.report, resumed=resumed
+            )
 
     def log(self, module: LightningModule) -> None:
         """Log the step that is over, at a step at which the Trainer logs.
@@ -90,6 +97,8 @@ class Records:
             module.log_dict(self._log.metrics(engine), on_step=True, on_epoch=False)
         if self._recording is not None:
             self._recording.logged()
+        if self._gallery is not None:
+            self._gallery.look(self._read)
 
     def tick(self) -> None:
         """After every batch: write what has waited long enough."""
@@ -108,6 +117,13 @@ class Records:
             error: Its exception, if it failed.
         """
         self.hide()
-        recording, self._recording = self._recording, None
-        if recording is not None:
-            recording.close(status, error)
+        report = self._recording.close(status, error) if self._recording is not None else None
+        if self._gallery is not None:
+            self._gallery.close(self._read, report)
+        self._recording = self._gallery = None
+
+    def _read(self) -> RunHistory:
+        if self._recording is not None:
+            return self._recording.read()
+        parts = [live_history(engine.recorder, engine.counts) for engine in self._engines]
+        return RunHistory(self._info, tuple(parts))

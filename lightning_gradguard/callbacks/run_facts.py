@@ -21,6 +21,9 @@ from lightning_gradguard.callbacks.surroundings import planned_steps
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record.run_history import RunInfo
 
+# Attributes whose argument has the name of something else in the callback.
+_ARGUMENT = {"keeps_history": "history", "writes_report": "report"}
+
 
 def now() -> str:
     """The time in UTC, as ISO 8601."""
@@ -84,7 +87,7 @@ def settings_of(callback: object) -> dict[str, Any]:
         >>> settings_of(GradGuard(cap=UpdateCap(max_ratio=0.05)))["cap"]["max_ratio"]
         0.05
     """
-    values = vars(callback)
+    values = {_ARGUMENT.get(name, name): value for name, value in vars(callback).items()}
     names = ("settings", *inspect.signature(type(callback).__init__).parameters)
     return {name: _plain(values[name]) for name in names if name in values}
 
@@ -107,5 +110,9 @@ def _name(trainer: Trainer) -> str:
     if not trainer.loggers:
         return ""
     first = trainer.loggers[0]
-    version = f"version_{first.version}" if isinstance(first.version, int) else first.version
-    return "/".join(str(part) for part in (first.name, version) if part)
+    try:
+        name, version = first.name, first.version
+    except Exception:  # noqa: BLE001 - what it says of its files has been told already
+        return ""
+    version = f"version_{version}" if isinstance(version, int) else version
+    return "/".join(str(part) for part in (name, version) if part)

@@ -47,6 +47,14 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Lightning's own rule for when a value that is logged now is kept."""
+    every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late
+    if not every_n_steps:
+        return False
+    return (logged_step(trainer) + 1) % every_n_steps == 0 or trainer.should_stop
+
+
 def planned_steps(trainer: Trainer) -> int | None:
     """Lightning's own estimate: of all optimizers together under manual optimization."""
     planned = trainer.estimated_stepping_batches

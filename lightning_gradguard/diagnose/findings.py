@@ -113,6 +113,11 @@ class Finding:
     local: bool = False
 
     @property
+    def cause(self) -> tuple[Pathology, str, bool]:
+        """What it is about: of two findings with the same, one is the other as it has become."""
+        return self.pathology, self.where, self.local
+
+    @property
     def certainty(self) -> str:
         """How sure it is; docs/findings.md says how often each was right.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_gradguard.record.alert import Alert, GradientAlert, Level
 
 logger = logging.getLogger("lightning_gradguard.alerts")
+said = logging.getLogger("lightning_gradguard")
 
 _WANDB_LEVELS: dict[Level, str] = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 # W&B takes 0 for its own default of a minute, and nothing that is not finite.
@@ -73,6 +74,23 @@ def wandb_channel(run: WandbRun, every_seconds: float) -> AlertChannel:
         )
 
     return AlertChannel("W&B", deliver)
+
+
+def wandb_runs(loggers: Iterable[Any]) -> list[Any]:
+    """The runs of those loggers that can send alerts, which are those of W&B.
+
+    Known by what they can do and not by their type, so that W&B need not be installed.
+    """
+    runs: dict[int, Any] = {}
+    for each in loggers:
+        try:
+            run = getattr(each, "experiment", None)
+        except Exception as error:  # noqa: BLE001 - a logger that fails is no reason not to guard
+            said.warning("%s gets no alerts: %s", type(each).__name__, error)
+            continue
+        if run is not None and callable(getattr(run, "alert", None)):
+            runs[id(run)] = run
+    return list(runs.values())
 
 
 def _log(alert: Alert) -> None:

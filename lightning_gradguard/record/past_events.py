@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradguard.diagnose import Finding
@@ -13,8 +13,8 @@ def past_findings(events: Iterable[Mapping[str, Any]]) -> tuple[Finding, ...]:
     """The latest state of each finding, in the order in which they opened.
 
     An event changes the finding of the same cause that is open, as in the run's own report, or the
-    one that opened at the same step, which a run has found again after it went back to a
-    checkpoint. Findings that this version does not know are left out.
+    one that opened at the same step. What was found from the step on from which a run was resumed
+    is taken back. Findings that this version does not know are left out.
 
     Example:
         >>> from lightning_gradguard.diagnose import Pathology, Severity
@@ -24,34 +24,47 @@ def past_findings(events: Iterable[Mapping[str, Any]]) -> tuple[Finding, ...]:
         [12]
     """
     findings: list[Finding] = []
-    places: dict[tuple[object, ...], int] = {}
     for event in events:
+        resumed = _resumed(event)
+        if resumed is not None:
+            findings = [finding for finding in findings if finding.step < resumed]
         finding = _finding(event)
         if finding is None:
             continue
-        cause = (finding.pathology, finding.where, finding.local)
-        place = places.get(cause)
-        if place is not None and (
-            findings[place].until is None or findings[place].step == finding.step
-        ):
+        place = _last_of_cause(findings, finding)
+        known = findings[place] if place >= 0 else None
+        if known is not None and (known.until is None or known.step == finding.step):
             findings[place] = finding
         else:
-            places[cause] = len(findings)
             findings.append(finding)
     return tuple(findings)
+
+
+def _last_of_cause(findings: Sequence[Finding], finding: Finding) -> int:
+    """Where the last finding of the same cause stands; -1 if there is none."""
+    for place in range(len(findings) - 1, -1, -1):
+        if findings[place].cause == finding.cause:
+            return place
+    return -1
 
 
 def past_actions(events: Iterable[Mapping[str, Any]]) -> tuple[Action, ...]:
     """The actions, in order; of steps that were done again, those of the last time."""
     actions: list[Action] = []
     for event in events:
+        resumed = _resumed(event)
+        if resumed is not None:
+            actions = [action for action in actions if action.step < resumed]
         action = _action(event)
-        if action is None:
-            continue
-        while actions and actions[-1].step > action.step:
-            actions.pop()
-        actions.append(action)
+        if action is not None:
+            actions.append(action)
     return tuple(actions)
+
+
+def _resumed(event: Mapping[str, Any]) -> int | None:
+    """The step from which the run goes on, if the event says that it does."""
+    step = event.get("step")
+    return step if event.get("event") == "resumed" and isinstance(step, int) else None
 
 
 def _finding(event: Mapping[str, Any]) -> Finding | None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.diagnose import Finding, Pathology, Severity
+from lightning_gradguard.diagnose import Finding, Severity
 from lightning_gradguard.readings import Inspection, TimeReading
 from lightning_gradguard.record.history import History, StepRecord, later_than
 from lightning_gradguard.respond.actions import Action, ActionKind
@@ -124,15 +124,26 @@ class Recorder:
             self._notify(finding)
         return before is None
 
+    def resume(self, step: int) -> None:
+        """The run goes on from a checkpoint: what was recorded from its step on is taken back.
+
+        Args:
+            step: The step that comes next.
+        """
+        if self.events is not None and self.events.path.exists():
+            self._write("resumed", {"step": step})
+
     def adopt(self, findings: Sequence[Finding]) -> None:
         """Take over findings that a resumed run had open, so that they heal as the same ones."""
         self.findings.extend(findings)
+        for finding in findings:  # it may be resumed in another directory
+            self._write("finding", finding.to_dict())
 
     def _before(self, finding: Finding) -> int | None:
         """Where the same finding stands as it was before."""
         for place in range(len(self.findings) - 1, -1, -1):
             known = self.findings[place]
-            if known.until is None and _cause(known) == _cause(finding):
+            if known.until is None and known.cause == finding.cause:
                 return place
         return None
 
@@ -171,10 +182,6 @@ class Recorder:
         if not self.silent:
             prefix = f"[{self.label}] " if self.label else ""
             logger.log(level, "%s%s", prefix, message)
-
-
-def _cause(finding: Finding) -> tuple[Pathology, str, bool]:
-    return finding.pathology, finding.where, finding.local
 
 
 def _keep(items: list, item: object) -> None:  # type: ignore[type-arg]

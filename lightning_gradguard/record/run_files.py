@@ -16,6 +16,7 @@ from lightning_gradguard.record.whole_files import replace_whole
 GRADGUARD = "gradguard"
 HISTORY = "history"
 EVENTS = "events.jsonl"
+REPORT = "report.html"
 INFO = "run.json"
 STEPS, LAYERS, UPDATES, TIMESTEPS = "steps.csv", "layers.csv", "updates.csv", "timesteps.csv"
 

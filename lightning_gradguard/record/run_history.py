@@ -91,6 +91,7 @@ class RunInfo:
         error: The exception of a run that failed, in one line.
         started: When training began, ISO 8601 in UTC.
         updated: When it was heard of last.
+        process: Which process writes its history, as ``host:number``.
         planned_steps: Optimizer steps that it is planned to take; ``None`` if not known.
         settings: The guard's, as plain values.
         versions: Of this package, torch, lightning and Python, by name.
@@ -105,6 +106,7 @@ class RunInfo:
     error: str = ""
     started: str = ""
     updated: str = ""
+    process: str = ""
     planned_steps: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -125,6 +125,9 @@ def read_info(folder: Path) -> RunInfo:
             f"{path} is of schema {values['schema']!r}, and this version of lightning-gradguard "
             f"reads schema {SCHEMA}"
         )
+    optimizers = values.get("optimizers", [])
+    if not (isinstance(optimizers, list) and all(isinstance(part, dict) for part in optimizers)):
+        raise RunError(f"{path} is damaged: its optimizers are no list of objects")
     return run_info_from_dict(values)
 
 

@@ -6,12 +6,12 @@ See ``docs/history.md`` for the format.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lightning_gradguard._validation import check_number
 from lightning_gradguard.readings import TimeReading
-from lightning_gradguard.record.earlier_runs import put_aside
+from lightning_gradguard.record.earlier_runs import put_aside, this_process
 from lightning_gradguard.record.history import StepRecord
 from lightning_gradguard.record.run_files import (
     HISTORY,
@@ -194,11 +194,11 @@ class RunWriter:
         Raises:
             OSError: If it cannot be written.
         """
-        self.info = info
+        self.info = replace(info, process=this_process())
         if self._in_the_way is not None:
             raise self._in_the_way
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_info(self._folder / INFO, info)
+        write_info(self._folder / INFO, self.info)
         self._begun = True
 
     def close(self) -> None:

@@ -15,8 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_gradguard import GradGuard
-from lightning_gradguard.callbacks.alerting import wandb_runs
-from lightning_gradguard.record import Alert, GradientAlert
+from lightning_gradguard.record import Alert, GradientAlert, wandb_runs
 from lightning_gradguard.respond import SkipBadSteps
 from tests.engines.test_ddp import both_ranks
 from tests.models import (
@@ -233,7 +232,7 @@ def test_the_log_line_is_there_if_asked_for(tmp_path, caplog):
 
 def test_other_loggers_are_left_alone(tmp_path):
     trainer = fit(tmp_path, GradGuard(), logger=CSVLogger(tmp_path))
-    assert wandb_runs(trainer) == []
+    assert wandb_runs(trainer.loggers) == []
     assert threads() == []
 
 
@@ -249,7 +248,7 @@ def test_a_logger_without_a_run_is_said_and_goes_without(tmp_path, caplog):
 
     trainer = quiet_trainer(tmp_path, logger=Broken(tmp_path))
     trainer.logger.broken = True
-    assert wandb_runs(trainer) == []
+    assert wandb_runs(trainer.loggers) == []
     assert "Broken gets no alerts: no server" in caplog.text
 
 
@@ -266,7 +265,7 @@ def test_the_default_reaches_wandbs_own_record_of_the_run(tmp_path, wandb, caplo
     logger = WandbLogger(offline=True, save_dir=tmp_path)
     guard = GradGuard()
     trainer = fit(tmp_path, guard, logger=logger)
-    assert [id(run) for run in wandb_runs(trainer)] == [id(logger.experiment)]
+    assert [id(run) for run in wandb_runs(trainer.loggers)] == [id(logger.experiment)]
     ((title, text, level),) = read_log(finished(wandb, tmp_path)).alerts
     assert (title, level) == (NON_FINITE, "ERROR")
     assert guard.findings[0].remedies[0].sentence in text

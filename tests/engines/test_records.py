@@ -18,12 +18,22 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from torch import nn
 
 from lightning_gradguard import AdaptiveGradientClipping, GradGuard, GradientMonitor
-from lightning_gradguard.callbacks import gallery as gallery_module
 from lightning_gradguard.callbacks import recording as recording_module
+from lightning_gradguard.record import gallery as gallery_module
+from lightning_gradguard.record import run_writer as run_writer_module
 from lightning_gradguard.record.pictures import DrawingBudget
+from lightning_gradguard.record.run_files import write_info
 from lightning_gradguard.record.run_reader import read_run
 from tests.engines.test_manual_optimization import Gan
-from tests.models import Batch, Regression, loader, make_batches, quiet_trainer
+from tests.models import (
+    Batch,
+    Regression,
+    adamw,
+    fused_adamw,
+    loader,
+    make_batches,
+    quiet_trainer,
+)
 
 STEPS = 12
 
@@ -255,7 +265,14 @@ def test_a_run_that_breaks_off_has_its_history_and_report(
     assert told.split(":", maxsplit=1)[0] in report
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+RESUMES = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create",
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+)
+
+
+@RESUMES
 def test_a_resumed_run_continues_and_another_fit_begins_anew(tmp_path: Path) -> None:
     keeps = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=STEPS)
     quiet_trainer(tmp_path, GradGuard(), keeps, enable_checkpointing=True).fit(
@@ -272,6 +289,53 @@ def test_a_resumed_run_continues_and_another_fit_begins_anew(tmp_path: Path) -> 
     assert len(read_run(tmp_path / "gradguard/history-1").optimizers[0].steps["step"]) == 2 * STEPS
 
 
+class LeavesOut(Regression):
+    """Its head gets a gradient and is in no optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self.body.parameters())
+
+
+@RESUMES
+def test_a_run_resumed_elsewhere_takes_its_open_findings_along(tmp_path: Path) -> None:
+    first = LeavesOut()
+    keeps = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=STEPS)
+    guard = GradientMonitor()
+    quiet_trainer(tmp_path / "a", guard, keeps, enable_checkpointing=True).fit(
+        first, loader(make_batches(STEPS))
+    )
+    open_ones = [finding.cause for finding in guard.findings if finding.until is None]
+    assert open_ones
+    again = GradientMonitor()
+    quiet_trainer(tmp_path / "b", again, max_epochs=2).fit(
+        LeavesOut(),
+        loader(make_batches(STEPS)),
+        ckpt_path=str(tmp_path / "kept" / "last.ckpt"),
+    )
+    found = [finding.cause for finding in read_run(tmp_path / "b").findings]
+    assert set(open_ones) <= set(found)
+
+
+@RESUMES
+def test_what_was_found_after_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
+    keeps = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
+    model = Breaks()
+    model.error = KeyboardInterrupt()
+    trainer = quiet_trainer(tmp_path, GradGuard(), keeps, enable_checkpointing=True)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(model, loader(make_batches(STEPS, poisoned=(5,))))
+    assert [finding.step for finding in read_run(tmp_path).findings] == [5]
+    guard = GradGuard()
+    quiet_trainer(tmp_path, guard).fit(
+        Regression(), loader(make_batches(STEPS)), ckpt_path=str(tmp_path / "kept" / "last.ckpt")
+    )
+    assert guard.findings == []
+    run = read_run(tmp_path)
+    assert run.findings == []
+    assert run.optimizers[0].actions == ()
+    assert list(run.optimizers[0].steps["step"]) == list(range(STEPS))
+
+
 def test_a_full_disk_ends_the_history_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -282,6 +346,91 @@ def test_a_full_disk_ends_the_history_and_nothing_else(
     said = [r.getMessage() for r in caplog.records if r.name == "lightning_gradguard"]
     assert len(said) == 1
     assert "the history of the run cannot be kept" in said[0].lower()
+
+
+def test_a_disk_that_has_room_again_gets_all_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording_module, "_FLUSH_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(run_writer_module, "write_info", fails_at_first(2, write_info))
+    guard = fit(tmp_path)
+    part = read_run(tmp_path).optimizers[0]
+    assert list(part.steps["step"]) == list(range(STEPS))
+    assert read_run(tmp_path).info.status == "finished"
+    assert (tmp_path / "gradguard/report.html").exists()
+    assert not guard.broken
+    said = [r.getMessage() for r in caplog.records if r.name == "lightning_gradguard"]
+    assert [message for message in said if "cannot be kept" in message] == said
+
+
+def fails_at_first(times: int, does: Callable[..., None]) -> Callable[..., None]:
+    failures = iter(range(times))
+
+    def attempt(*args: Any) -> None:
+        if next(failures, None) is not None:
+            raise PermissionError("someone else has it open")
+        does(*args)
+
+    return attempt
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, fused_adamw], ids=lambda f: f.__name__)
+def test_layers_stand_at_their_own_step(tmp_path: Path, make_optimizer: Any) -> None:
+    """Also where a total is known some steps later than it was measured."""
+    guard = fit(tmp_path, model=Regression(make_optimizer), steps=20)
+    totals = {row.step: row.total_norm for row in guard.history}
+    layers = read_run(tmp_path).optimizers[0].layers
+    assert list(layers.steps) == [3, 7, 11, 15, 19]
+    for step, norms in zip(layers.steps, layers.values, strict=True):
+        assert math.sqrt((norms**2).sum()) == pytest.approx(totals[int(step)], rel=1e-3)
+
+
+def test_who_logs_never_gets_no_layers(tmp_path: Path) -> None:
+    own = OwnLogger()
+    fit(tmp_path, logger=own, log_every_n_steps=0)
+    assert not any("grad_norm/total" in row for _, row in own.rows)
+    part = read_run(tmp_path).optimizers[0]
+    assert len(part.steps["step"]) == STEPS
+    assert len(part.layers.steps) == 0
+
+
+def test_of_accumulated_batches_only_the_one_that_steps_is_logged(tmp_path: Path) -> None:
+    logged: list[int] = []
+
+    class Counts(GradGuard):
+        def _log_step(self, pl_module: LightningModule) -> None:
+            logged.append(self.engines[0].step)
+            super()._log_step(pl_module)
+
+    fit(tmp_path, Counts(), steps=32, accumulate_grad_batches=4)
+    assert logged == [4, 8]
+
+
+class Nameless(OwnLogger):
+    """Its server does not answer."""
+
+    @property
+    def version(self) -> str | None:
+        raise ConnectionError("no route to host")
+
+
+def test_a_logger_that_does_not_know_itself_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = fit(tmp_path, logger=Nameless())
+    assert not guard.broken
+    assert len(read_run(tmp_path).optimizers[0].steps["step"]) == STEPS
+    assert "Nameless does not tell where it keeps its files" in caplog.text
+
+
+def test_an_error_in_the_history_leaves_the_guard_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures are due before anything could be written: there is nothing to read yet."""
+    monkeypatch.setattr(gallery_module, "DrawingBudget", AtOnce)
+    guard = fit(tmp_path, logger=TensorBoardLogger(str(tmp_path)), log_every_n_steps=1)
+    assert not guard.broken
+    assert guard.engines[0].step == STEPS
 
 
 def test_a_monitor_and_a_single_response_keep_a_history_too(tmp_path: Path) -> None:
@@ -311,9 +460,12 @@ def test_what_is_no_switch_is_refused(option: str) -> None:
         GradGuard(**{option: 1})
 
 
-def test_a_report_without_a_history_is_refused() -> None:
-    with pytest.raises(ValueError, match="report must be False where history is False"):
-        GradGuard(history=False)
+@pytest.mark.parametrize("off", ["events", "history", "report"])
+def test_what_is_left_out_takes_along_what_is_made_of_it(tmp_path: Path, off: str) -> None:
+    fit(tmp_path, GradGuard(**{off: False}), poisoned=(5,))
+    made = {path.name for path in (tmp_path / "gradguard").iterdir()}
+    all_of_it = ["incidents", "events.jsonl", "history", "report.html"]
+    assert made == {"incidents", *all_of_it[1 : {"events": 1, "history": 2, "report": 3}[off]]}
 
 
 # -- how many keys --------------------------------------------------------------------------------

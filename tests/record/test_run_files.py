@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
 from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.record import EventLog
+from lightning_gradguard.record.earlier_runs import this_process
 from lightning_gradguard.record.history import StepRecord
 from lightning_gradguard.record.run_files import run_info_from_dict, run_info_to_dict
 from lightning_gradguard.record.run_history import STEP_COLUMNS, RunInfo
@@ -78,7 +79,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path, labels: tuple[str, ...]
 
     run = read_run(tmp_path)
 
-    assert run.info == info
+    assert run.info == replace(info, process=this_process())
     assert run.directory == history_of(tmp_path)
     assert tuple(part.label for part in run.optimizers) == labels
     for part in run.optimizers:
@@ -197,20 +198,24 @@ def test_findings_are_read_as_they_stand(tmp_path: Path) -> None:
     spike = Finding(Pathology.LOSS_SPIKE, Severity.INFO, "loss", 20, {}, "A jump")
     worse = replace(spike, severity=Severity.WARNING, step=25)
     again = replace(spike, step=90)
+    early = replace(VANISHING, step=22, since=12)
     log = EventLog(tmp_path / "gradguard" / "events.jsonl")
-    for finding in (spike, VANISHING, worse, replace(worse, until=40), again):
+    for finding in (spike, early, worse, replace(worse, until=40), again):
         log.write("finding", {"optimizer": "", **finding.to_dict()})
+    for step in (10, 85, 92):
+        log.write("action", {"optimizer": "", **Action(ActionKind.SKIP, step, "s").to_dict()})
     # From a checkpoint of step 80 on, everything happens once more.
+    log.write("resumed", {"optimizer": "", "step": 80})
+    log.write("finding", {"optimizer": "", **again.to_dict()})
     log.write("finding", {"optimizer": "", **replace(again, until=95).to_dict()})
-    log.write("finding", {"optimizer": "", **replace(again, until=95).to_dict()})
-    for step in (10, 85, 92, 85, 85):
+    for step in (85, 85):
         log.write("action", {"optimizer": "", **Action(ActionKind.SKIP, step, "s").to_dict()})
     log.close()
 
     (part,) = read_run(tmp_path).optimizers
 
-    assert part.findings == (replace(worse, until=40), VANISHING, replace(again, until=95))
-    assert [action.step for action in part.actions] == [10, 85, 85, 85]
+    assert part.findings == (replace(worse, until=40), early, replace(again, until=95))
+    assert [action.step for action in part.actions] == [10, 85, 85]
 
 
 # -- by anybody -----------------------------------------------------------------------------------

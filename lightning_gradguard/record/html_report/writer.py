@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_gradguard.record.html_report.page import make_page
 from lightning_gradguard.record.html_report.plotly_js import digest_of, plotly_script
 from lightning_gradguard.record.html_report.words import number, plural
 from lightning_gradguard.record.run_history import RunHistory
+from lightning_gradguard.record.whole_files import replace_whole
 
 # Causes that are told in full; more stand in one line each, up to the second number.
 MAX_IN_FULL = 20
@@ -74,13 +74,7 @@ def write_report(run: RunHistory, path: Path, compare: RunHistory | None = None)
     """
     html = report_html(run, compare)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a file cannot be moved to another disk in one stroke.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(html, encoding="utf-8", newline="\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_whole(path, html.encode())
     return path
 
 

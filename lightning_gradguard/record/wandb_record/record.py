@@ -74,18 +74,19 @@ class WandbRecord:
         )
         define_axes(self._run, [str(part["label"]) for part in info.optimizers] or [""])
 
-    def event(self, step: int, event: Finding | Action, label: str = "") -> None:
+    def event(self, step: int, event: Finding | Action, label: str = "", *, times: int = 1) -> None:
         """Mark what has just happened; the tables get it when the run is shown next.
 
         Args:
             step: The Trainer's, as the logger counts.
             event: A finding that opened or changed, or an action.
             label: Name of the optimizer.
+            times: How often an action of its kind was taken since the last event.
         """
         if isinstance(event, Action):
             self._actions[label] = [*self._actions.get(label, []), event][-MAX_ROWS:]
             key = action_key(event.kind, label)
-            levels = {key: self._staircase.level(key) + 1.0}
+            levels = {key: self._staircase.level(key) + times}
         else:
             found = with_finding(self._findings.get(label, []), event)
             self._findings[label] = found

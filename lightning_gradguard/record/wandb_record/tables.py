@@ -38,9 +38,7 @@ def with_finding(findings: Sequence[Finding], finding: Finding) -> list[Finding]
         >>> [f.severity.label for f in with_finding([noted], worse)]
         ['warning']
     """
-    kept = [
-        known for known in findings if known.until is not None or _cause(known) != _cause(finding)
-    ]
+    kept = [known for known in findings if known.until is not None or known.cause != finding.cause]
     return [*kept, finding]
 
 
@@ -72,10 +70,6 @@ def action_rows(actions: Mapping[str, Sequence[Action]]) -> list[list[Any]]:
 def worst_open(findings: Sequence[Finding]) -> Severity | None:
     """The highest severity among the findings that are open."""
     return max((f.severity for f in findings if f.until is None), default=None)
-
-
-def _cause(finding: Finding) -> tuple[object, ...]:
-    return finding.pathology, finding.where, finding.local
 
 
 def _finding_row(finding: Finding, label: str) -> list[Any]:

@@ -6,17 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from lightning.pytorch import Trainer
-
-from lightning_gradguard.callbacks.alerting import wandb_runs
-from lightning_gradguard.callbacks.surroundings import logged_step
 from lightning_gradguard.diagnose import Finding
-from lightning_gradguard.guard import GuardEngine
-from lightning_gradguard.record import Recorder
+from lightning_gradguard.record.alert_channels import wandb_runs
 from lightning_gradguard.record.logger_images import log_images
 from lightning_gradguard.record.pictures import DrawingBudget, Picture, heat_maps
+from lightning_gradguard.record.recorder import Recorder
 from lightning_gradguard.record.run_history import OptimizerHistory, RunHistory, RunInfo
 from lightning_gradguard.record.wandb_record import WandbRecord
 from lightning_gradguard.respond.actions import Action
@@ -29,43 +25,58 @@ Place = TypeVar("Place")
 class Gallery:
     """Hands W&B runs all they can show, and pictures to the other loggers that take some.
 
-    One that fails is told of once and left alone from then on.
+    One that fails is told of once and left alone from then on; nothing is raised.
 
     Args:
-        trainer: Training has started, so that its loggers have begun their runs.
+        loggers: The loggers of the run, which have begun.
         info: What the run is.
-        engines: One per optimizer.
+        recorders: One per optimizer.
+        step: Tells the step as the loggers count it.
     """
 
-    def __init__(self, trainer: Trainer, info: RunInfo, engines: Sequence[GuardEngine]) -> None:
-        self._trainer = trainer
+    def __init__(
+        self,
+        loggers: Sequence[Any],
+        info: RunInfo,
+        recorders: Sequence[Recorder],
+        step: Callable[[], int],
+    ) -> None:
+        self._step = step
         self._budget = DrawingBudget()
         self._told = False
-        self._wandb = [WandbRecord(run) for run in wandb_runs(trainer)]
-        self._others = list(trainer.loggers)
+        # Of each kind of action the last one that waits, at its step, and how many there are.
+        self._actions: dict[tuple[str, str], tuple[int, Action, int]] = {}
         self._listening: list[tuple[Recorder, Callable[[Finding | Action], None]]] = []
         # Takes no picture, but tells who would.
-        self._others = self._each(self._others, lambda one: log_images(one, {}, 0))
+        self._others = self._each(list(loggers), lambda one: log_images(one, {}, 0))
+        self._wandb = [WandbRecord(run) for run in wandb_runs(loggers)]
         self._wandb = self._each(self._wandb, lambda w: w.start(info))
         if self._wandb:
-            for engine in engines:
-                listener = partial(self._event, engine.recorder.label)
-                engine.recorder.listeners.append(listener)
-                self._listening.append((engine.recorder, listener))
+            for recorder in recorders:
+                listener = partial(self._hear, recorder.label)
+                recorder.listeners.append(listener)
+                self._listening.append((recorder, listener))
 
     @property
     def _empty(self) -> bool:
         return not (self._wandb or self._others)
 
     def look(self, read: Callable[[], RunHistory]) -> None:
-        """Show the run as it is by now, if enough time has gone by since it was shown last.
+        """Show the run as it is by now, at a step at which the Trainer logs.
+
+        The whole of it only if enough time has gone by since it was shown last.
 
         Args:
             read: Reads its history.
         """
-        if not self._empty and self._budget.due():
+        if self._empty:
+            return
+        self._mark()
+        if self._budget.due():
             with self._budget.drawing():
-                self._show(read())
+                run = self._read(read)
+                if run is not None:
+                    self._show(run)
 
     def close(self, read: Callable[[], RunHistory], report: Path | None) -> None:
         """Show it as it has become, with the report.
@@ -77,18 +88,42 @@ class Gallery:
         for recorder, listener in self._listening:
             recorder.listeners.remove(listener)
         self._listening.clear()
-        if not self._empty:
-            run, step = read(), logged_step(self._trainer)
+        if self._empty:
+            return
+        self._mark()
+        run = self._read(read)
+        if run is not None:
+            step = self._step()
             self._show(run)
             self._wandb = self._each(self._wandb, lambda w: w.finish(step, run, report))
 
-    def _event(self, label: str, event: Finding | Action) -> None:
-        step = logged_step(self._trainer)
-        self._wandb = self._each(self._wandb, lambda w: w.event(step, event, label))
+    def _hear(self, label: str, event: Finding | Action) -> None:
+        """Findings are marked at once; actions wait, as there may be one in every step."""
+        step = self._step()
+        if isinstance(event, Action):
+            _, _, waiting = self._actions.get((label, event.kind), (0, event, 0))
+            self._actions[label, event.kind] = (step, event, waiting + 1)
+        else:
+            self._wandb = self._each(self._wandb, lambda w: w.event(step, event, label))
+
+    def _mark(self) -> None:
+        waiting, self._actions = self._actions, {}
+        for (label, _), (step, action, times) in waiting.items():
+            mark = partial(WandbRecord.event, step=step, event=action, label=label, times=times)
+            self._wandb = self._each(self._wandb, mark)
+
+    @staticmethod
+    def _read(read: Callable[[], RunHistory]) -> RunHistory | None:
+        try:
+            return read()
+        except ValueError as error:
+            logger.warning("The run cannot be shown: %s", error)
+            return None
 
     def _show(self, run: RunHistory) -> None:
+        step = self._step()
         for part in run.optimizers:
-            self._show_part(part, logged_step(self._trainer))
+            self._show_part(part, step)
 
     def _show_part(self, part: OptimizerHistory, step: int) -> None:
         pictures = self._pictures(part)
