@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_gradguard import GradGuard
+from lightning_gradguard.record.run_reader import read_run
 from lightning_gradguard.respond import AdaptiveClip, SkipBadSteps
 from tests.distributed import run_on_ranks
 from tests.engines.test_failures import FAILS_AT, FailingGuard, FaultError
@@ -314,3 +316,19 @@ def test_a_log_that_the_first_rank_cannot_write(tmp_path: Path) -> None:
     assert (first["steps"], second["steps"]) == (20, 20)
     assert first["active"] == second["active"]
     assert all(value.isfinite().all() for value in first["weights"].values())
+
+
+def recorded_run(root: str) -> dict[str, Any]:
+    return fit(root, GradGuard(), Regression(), make_batches(20, poisoned=(5,)))
+
+
+def test_the_first_rank_alone_records_the_run(tmp_path: Path) -> None:
+    """What it has written is what all of them have decided."""
+    ((first, second),) = both_ranks(recorded_run, tmp_path, (), timeout=50.0)
+    assert first["errors"] == second["errors"] == []
+    (part,) = read_run(tmp_path).optimizers
+    assert list(part.steps["step"]) == list(range(20))
+    np.testing.assert_allclose(part.steps["total_norm"], column(second, "total_norm"), rtol=1e-5)
+    assert [action.step for action in part.actions] == [5]
+    assert not list(tmp_path.glob("gradguard/history-*"))
+    assert (tmp_path / "gradguard/report.html").exists()
