@@ -11,8 +11,9 @@ Example:
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lightning_gradguard._lazy import imported_on_use
 
 if TYPE_CHECKING:
     from lightning_gradguard.callbacks import (
@@ -68,13 +69,7 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(module), name)
-    globals()[name] = value  # the next access does not come through here
-    return value
+__getattr__ = imported_on_use(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -5,9 +5,9 @@ What needs torch is imported on first use: what was done in a run can be read wi
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lightning_gradguard._lazy import imported_on_use
 from lightning_gradguard.respond.actions import Action, ActionKind
 from lightning_gradguard.respond.clipping import (
     AGC,
@@ -52,10 +52,4 @@ _MODULE_OF = {
 }
 
 
-def __getattr__(name: str) -> object:
-    module = _MODULE_OF.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(module), name)
-    globals()[name] = value  # the next access does not come through here
-    return value
+__getattr__ = imported_on_use(__name__, _MODULE_OF)
