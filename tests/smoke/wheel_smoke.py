@@ -15,7 +15,17 @@ from pathlib import Path
 
 OPTIONAL = ("wandb", "matplotlib", "plotly", "rich")
 # Imported only where the option is installed.
-NEED_AN_OPTION = ("lightning_gradguard.record.rich_report",)
+NEED_AN_OPTION = tuple(
+    f"lightning_gradguard.{name}"
+    for name in (
+        "cli.watch_sections",
+        "cli.watch_view",
+        "record._plot_axes",
+        "record._plot_decay",
+        "record._plot_events",
+        "record.rich_report",
+    )
+)
 
 
 def check(holds: bool, otherwise: str) -> None:
@@ -53,6 +63,7 @@ def check_training() -> None:
     from lightning.pytorch.demos.boring_classes import BoringModel
 
     from lightning_gradguard import GradGuard
+    from lightning_gradguard.cli import main
 
     guard = GradGuard()
     trainer = Trainer(
@@ -60,6 +71,7 @@ def check_training() -> None:
         callbacks=[guard],
         accelerator="cpu",
         logger=False,
+        default_root_dir="run",
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -68,6 +80,10 @@ def check_training() -> None:
     check(len(guard.history) == 4, f"4 steps of training left {len(guard.history)} records")
     check("4 steps" in str(guard.report()), "the report does not count the steps")
     guard.report().print()  # as text, without the package that makes it a table
+    report = Path("run/gradguard/report.html").read_text(encoding="utf-8")
+    check("4 steps" in report, "the page of the run does not count the steps")
+    check("plotly" in report, "the page does not say what its charts need")
+    check(main(["findings", "run"]) == 0, "the run cannot be looked at from the command line")
 
 
 if __name__ == "__main__":
