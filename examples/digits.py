@@ -97,8 +97,6 @@ def train(
         in_detail: Whether to show a progress bar and to write metrics.
     """
     torch.set_num_threads(1)  # a small recurrent net is slower on several threads
-    # A saturated net has gradients near 1e-40, for which a processor may take 15 times as long.
-    torch.set_flush_denormal(True)
     seed_everything(seed, verbose=False)
     model, data = SequenceClassifier(rate), PixelSequences(steps, seed)
     callbacks: list[Callback] = [] if watcher is None else [watcher]
@@ -114,7 +112,8 @@ def train(
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(model, data)
+    with flushed_denormals():
+        trainer.fit(model, data)
     seconds = time.perf_counter() - start
     if trainer.progress_bar_callback is not None:
         trainer.progress_bar_callback.disable()  # the test is a single batch
@@ -130,6 +129,16 @@ def train(
         fingerprint=fingerprint(model),
         **({} if watcher is None else what_happened(watcher)),
     )
+
+
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """A saturated net has gradients near 1e-40, for which a processor may take 15 times as long."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)  # it is the processor's, and not only this run's
 
 
 def what_happened(watcher: GradGuard | GradientMonitor) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from lightning_gradguard.record.whole_files import append_whole, replace_whole
 
 SCHEMA_VERSION = 1
 
+# Stands where events were left out.
+_GAP = json.dumps({"event": "left_out", "schema": SCHEMA_VERSION}).encode() + b"\n"
+
 
 class EventLog:
     """Appends events to a file, each complete on disk before the next step begins.
@@ -74,9 +77,10 @@ class EventLog:
 
     def _leave_out_the_middle(self) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True)
-        first = _within(lines, self.max_bytes // 4)
-        last = _within(lines[len(first) :][::-1], self.max_bytes // 4)
-        replace_whole(self.path, b"".join([*first, *last[::-1]]))
+        gap = lines.index(_GAP) if _GAP in lines else len(_within(lines, self.max_bytes // 4))
+        first, later = lines[:gap], [line for line in lines[gap:] if line != _GAP]
+        last = _within(later[::-1], self.max_bytes // 4)
+        replace_whole(self.path, b"".join([*first, _GAP, *last[::-1]]))
 
     def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def test_several_optimizers_have_a_part_each(tmp_path: Path) -> None:
         assert len(part.steps["step"]) == engine.step
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Lightning ignores further interrupts after the first one, in the whole process."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Breaks(Regression):
     """Raises in the middle."""
 
@@ -244,6 +253,7 @@ class Breaks(Regression):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(
     ("error", "status", "told"),
     [
@@ -317,6 +327,7 @@ def test_a_run_resumed_elsewhere_takes_its_open_findings_along(tmp_path: Path) -
 
 
 @RESUMES
+@pytest.mark.usefixtures("_interruptible")
 def test_what_was_found_after_the_checkpoint_is_taken_back(tmp_path: Path) -> None:
     keeps = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=4)
     model = Breaks()

@@ -102,9 +102,11 @@ def test_a_killed_run_resumes_exactly_and_its_events_survive(
     assert_same_bits(outcome(*resumed, 50), outcome(*whole, 50))
     after = list(read_events(root / EVENTS))
     assert after[: len(before)] == before, "the resumed run wrote over the log"
+    resumes, *after = after[len(before) :]
+    assert (resumes["event"], resumes["step"]) == ("resumed", 50)
     expected = [e for e in read_events(tmp_path / "whole" / EVENTS) if e["step"] >= 50]
     # A fused optimizer's steps are accounted for two steps later: the log has the last ones twice.
-    assert [e for e in after[len(before) :] if e["step"] >= 50] == expected
+    assert [e for e in after if e["step"] >= 50] == expected
 
 
 def test_checkpoints_hold_plain_values(tmp_path: Path) -> None:
