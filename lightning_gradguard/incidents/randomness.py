@@ -106,8 +106,7 @@ class _NumpyState:
         if numpy is None:
             return None
         memory = self._read(numpy)
-        # With a normal number in store, the next one changes the state but not this memory.
-        if self._last is None or not memory or memory != self._memory or self._last["has_gauss"]:
+        if self._last is None or not memory or memory != self._memory:
             self._last, self._memory = numpy.random.get_state(legacy=False), memory
         return self._last
 
@@ -115,9 +114,18 @@ class _NumpyState:
         """The memory of the generator; empty where it is not known."""
         get = getattr(numpy.random, "get_bit_generator", None)  # from NumPy 1.24 on
         generator: Any = get() if get is not None else None
-        if type(generator) is not numpy.random.MT19937:
+        drawer: Any = getattr(numpy.random.get_state, "__self__", None)
+        kind: type = numpy.random.RandomState
+        if (
+            sys.implementation.name != "cpython"
+            or type(generator) is not numpy.random.MT19937
+            or type(drawer) is not kind
+        ):
             return b""
-        return ctypes.string_at(generator.ctypes.state_address, self._BYTES)
+        head = object.__basicsize__
+        # A normal number in store is no part of the generator, but of what draws from it.
+        store = ctypes.string_at(id(drawer) + head, kind.__basicsize__ - head)
+        return ctypes.string_at(generator.ctypes.state_address, self._BYTES) + store
 
 
 _numpy = _NumpyState()

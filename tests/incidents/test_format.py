@@ -26,6 +26,7 @@ from lightning_gradguard.incidents import (
     read_incident,
 )
 from lightning_gradguard.incidents.files import bytes_of, write_tensors
+from lightning_gradguard.incidents.randomness import random_numbers_from
 from lightning_gradguard.incidents.rebuild import decode
 from lightning_gradguard.incidents.structure import encode
 from lightning_gradguard.record import StepRecord
@@ -160,6 +161,18 @@ DRAWS: tuple[Callable[[], Any], ...] = (
     lambda: torch.rand(()),
     lambda: None,
 )
+
+
+def test_a_normal_number_in_store_is_seen_after_seeding_anew() -> None:
+    """The generator is where it was before; what was drawn from it in advance is not."""
+    with random_numbers_from(RandomState.now(CPU), CPU):
+        for in_store in (False, True):
+            np.random.seed(0)
+            np.random.normal(size=1 if in_store else 2)
+            state = RandomState.now(CPU)
+            expected = np.random.normal(size=2).tolist()
+            state.set(CPU)
+            assert np.random.normal(size=2).tolist() == expected
 
 
 @given(draws=st.lists(st.sampled_from(DRAWS), max_size=6))
