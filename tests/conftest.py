@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before anything can import matplotlib or wandb: no display, no network.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -41,3 +42,8 @@ def _same_seed_for_every_test() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# A shell lets what it starts in the background ignore interrupts, and some tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
