@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least, chosen_steps
 from digits_figures import save_figure
 from digits_task import PixelSequences, SequenceClassifier
 from digits_words import console, print_checks, print_runs, print_story, print_sweep
@@ -279,7 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train an LSTM on handwritten digits with and without the guard."
     )
-    parser.add_argument("--steps", type=positive_int, help=f"steps of every run ({STEPS})")
+    parser.add_argument("--steps", type=at_least(1), help=f"steps of every run ({STEPS})")
     parser.add_argument("--rates", type=positive_float, nargs="+", help=f"rates to sweep {RATES}")
     parser.add_argument("--seed", type=int, default=0, help="weights and data order (0)")
     parser.add_argument("--output", type=Path, default=Path("runs/digits"), help="runs/digits")
@@ -290,16 +291,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help=f"{QUICK_STEPS} steps at the rates {QUICK_RATES}"
     )
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    options.steps = chosen_steps(options, STEPS, QUICK_STEPS)
     options.rates = sorted(set(options.rates or (QUICK_RATES if options.quick else RATES)))
     return options
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def positive_float(text: str) -> float:

@@ -12,27 +12,20 @@ import matplotlib as mpl
 mpl.use("Agg")  # a file is all that is wanted: no display is needed
 
 import matplotlib.pyplot as plt
+from figure_style import BLUE, GREEN, INK, ORANGE
+from figure_style import STYLE as COMMON_STYLE
 from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 
 if TYPE_CHECKING:
     from digits import Run
 
-# Okabe and Ito's palette, which stays apart for every kind of color vision.
-WITHOUT, WITH, BOUND, INK = "#D55E00", "#0072B2", "#009E73", "#444444"
+WITHOUT, WITH, BOUND = ORANGE, BLUE, GREEN
 STYLE: Any = {
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
+    **COMMON_STYLE,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
     "font.size": 9.5,
-    "legend.frameon": False,
 }
 # One row of the strip below the curves for everything that can be found or done.
 ROWS = {

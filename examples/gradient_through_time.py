@@ -21,10 +21,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from digits import positive_int, quiet
+from arguments import add_training, chosen_steps
+from digits import quiet
 from digits_task import PixelSequences, SequenceClassifier
 from gradient_through_time_figure import save_figure
 from gradient_through_time_nets import (
@@ -158,14 +158,9 @@ def print_findings(nets: Sequence[Net], textbook: TimeReading) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="See gradients travel back through time.")
-    parser.add_argument("--steps", type=positive_int, help=f"training steps of each net ({STEPS})")
-    parser.add_argument("--seed", type=int, default=0, help="weights and data order (0)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("gradient_through_time.png"), help="where the PNG goes"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
+    add_training(parser, STEPS, QUICK_STEPS, "gradient_through_time.png")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    options.steps = chosen_steps(options, STEPS, QUICK_STEPS)
     return options
 
 

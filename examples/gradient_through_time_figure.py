@@ -13,7 +13,8 @@ mpl.use("Agg")  # a file is all that is wanted: no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
-from digits_figures import INK, STYLE
+from digits_figures import STYLE
+from figure_style import BLUE, GREEN, INK, ORANGE, PINK
 from gradient_through_time_nets import FACTOR, LAG, Net, reached, relative
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
@@ -22,12 +23,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lightning_gradguard.readings import HORIZON_FACTOR, TimeReading
 
-# Okabe and Ito's palette, and a line style each, for every kind of color vision and for print.
+# A line style each, for print.
 LINES: dict[str, dict[str, Any]] = {
-    "tanh RNN": {"color": "#D55E00"},
-    "ReLU RNN": {"color": "#CC79A7", "linestyle": (0, (6, 1.5))},
-    "LSTM": {"color": "#0072B2", "linestyle": (0, (9, 1.2, 1.5, 1.2))},
-    "GRU": {"color": "#009E73", "linestyle": (0, (3, 1))},
+    "tanh RNN": {"color": ORANGE},
+    "ReLU RNN": {"color": PINK, "linestyle": (0, (6, 1.5))},
+    "LSTM": {"color": BLUE, "linestyle": (0, (9, 1.2, 1.5, 1.2))},
+    "GRU": {"color": GREEN, "linestyle": (0, (3, 1))},
     "linear RNN": {"color": INK, "linestyle": ":"},
 }
 DARKEST, BRIGHTEST = 1e-8, 1e-1

@@ -20,9 +20,9 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from arguments import add_training, at_least, chosen_steps
 from lightning.pytorch import Trainer, seed_everything
 from recurrent_remedies_figure import save_figure
 from recurrent_remedies_nets import SWAPS, Net, OrderNamer
@@ -135,35 +135,15 @@ def print_verdict(nets: Sequence[Net]) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Swap a tanh RNN for one remedy after the other.")
-    parser.add_argument("--steps", type=positive, help=f"training steps of each ({STEPS})")
-    parser.add_argument("--length", type=length_of, default=LENGTH, help=f"timesteps ({LENGTH})")
+    add_training(parser, STEPS, QUICK_STEPS, "recurrent_remedies.png")
+    # That the task and the longest dilation can have.
+    parser.add_argument("--length", type=at_least(40), default=LENGTH, help=f"timesteps ({LENGTH})")
     parser.add_argument(
         "--only", nargs="+", choices=list(SWAPS)[1:], help="these remedies (all), after the RNN"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("recurrent_remedies.png"), help="where the PNG goes"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    options.steps = chosen_steps(options, STEPS, QUICK_STEPS)
     return options
-
-
-def positive(text: str) -> int:
-    """A number of steps."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def length_of(text: str) -> int:
-    """A length that the task and the longest dilation can have."""
-    value = int(text)
-    if value < 40:
-        raise argparse.ArgumentTypeError(f"must be at least 40, got {text}")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

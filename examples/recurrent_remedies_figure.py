@@ -13,32 +13,20 @@ mpl.use("Agg")  # a file is all that is wanted: no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
+from figure_style import AMBER, BLUE, GREEN, INK, ORANGE, PINK, SKY, STYLE
 from matplotlib.axes import Axes
 from recurrent_remedies_nets import SWAPS, Net
 
 from lightning_gradguard.readings import HORIZON_FACTOR
 
-INK = "#444444"
-# Okabe and Ito's palette, and line styles, for every kind of color vision and for print.
-_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# A line style besides, for print.
+_COLORS = (ORANGE, BLUE, GREEN, PINK, AMBER, SKY)
 _STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)))
 LINES: dict[str, dict[str, Any]] = {
     name: {"color": _COLORS[place % 6], "linestyle": _STYLES[place // 6 % 2], "linewidth": 1.8}
     for place, name in enumerate(SWAPS)
 }
 LINES["nn.RNN"] = {"color": INK, "linestyle": (0, (1, 1)), "linewidth": 2.6}
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "legend.frameon": False,
-}
 MOMENTS = ("before the first step", "at the end of training")
 LOWEST, HIGHEST = 1e-9, 1e2  # of the gradient
 SMALLEST = 1e-4  # of the loss

@@ -23,10 +23,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import add_training, at_least, chosen_steps
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from run_quietly import quiet
 from torch import Tensor, nn
@@ -162,26 +162,13 @@ def said_of(run: Run) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Watch truncated backpropagation through time.")
-    parser.add_argument("--steps", type=positive, help=f"optimizer steps for each ({STEPS})")
+    add_training(parser, STEPS, QUICK_STEPS, "truncated_bptt.png", least=2)
     parser.add_argument(
-        "--chunks", type=positive, nargs="+", default=list(CHUNKS), help="lengths of chunks"
+        "--chunks", type=at_least(2), nargs="+", default=list(CHUNKS), help="lengths of chunks"
     )
-    parser.add_argument("--seed", type=int, default=0, help="weights and data order (0)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("truncated_bptt.png"), help="where the PNG goes"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    options.steps = chosen_steps(options, STEPS, QUICK_STEPS)
     return options
-
-
-def positive(text: str) -> int:
-    """A length that has a step back."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

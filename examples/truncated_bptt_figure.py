@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
@@ -13,6 +13,7 @@ mpl.use("Agg")  # a file is all that is wanted: no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
+from figure_style import BLUE, GREEN, INK, ORANGE, PINK, STYLE
 from matplotlib.axes import Axes
 
 if TYPE_CHECKING:
@@ -20,20 +21,7 @@ if TYPE_CHECKING:
 
 from lightning_gradguard.readings import HORIZON_FACTOR, TimeReading
 
-# Okabe and Ito's palette, which stays apart for every kind of color vision.
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
-INK = "#444444"
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "legend.frameon": False,
-}
+COLORS = (ORANGE, BLUE, GREEN, PINK)
 
 
 def save_figure(runs: Sequence[Run], baseline: float, path: Path) -> None:
