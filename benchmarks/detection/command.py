@@ -29,6 +29,7 @@ from benchmarks.detection.sensitivity import sweep
 from benchmarks.detection.split import side
 from benchmarks.kept import folder_for
 from benchmarks.machine import describe_machine
+from benchmarks.pictures import if_matplotlib_is_there
 from benchmarks.workers import Crash, in_processes
 
 SPLITS = {
@@ -241,13 +242,11 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    try:
-        from benchmarks.detection.plot import plot_confusion, plot_scores
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
     if not result["sides"]:
         return
-    print(plot_scores(result, path.with_suffix(".png")))
-    name = path.stem.replace("detection_", "detection_confusion_", 1)
-    print(plot_confusion(result, path.with_name(f"{name}.png")))
+    with if_matplotlib_is_there():
+        from benchmarks.detection.plot import plot_confusion, plot_scores
+
+        print(plot_scores(result, path.with_suffix(".png")))
+        name = path.stem.replace("detection_", "detection_confusion_", 1)
+        print(plot_confusion(result, path.with_name(f"{name}.png")))

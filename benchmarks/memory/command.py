@@ -21,8 +21,9 @@ from benchmarks.memory.results import compact, print_tables, write_json
 from benchmarks.memory.runner import Job, Result, run_job, seconds_per_step
 from benchmarks.memory.scoring import score
 from benchmarks.memory.tasks import QUICK, WORKLOADS, Workload, workload_named
-from benchmarks.options import check_run_options, seeds_of
+from benchmarks.options import add_run_options, check_run_options, seeds_of
 from benchmarks.overhead.results import RESULTS
+from benchmarks.pictures import if_matplotlib_is_there
 
 SEEDS = 3
 INTERRUPTED = 130  # what a shell reports
@@ -50,14 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes; 0 runs all in this one")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plot")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        help="folder where results are kept run by run, and taken from if they are there; delete "
-        "the file of a model that has changed",
-    )
+    add_run_options(parser, RESULTS, "model")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -138,9 +132,7 @@ def _steps(workload: Workload, options: argparse.Namespace) -> int:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.memory.plot import plot_memory
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    print(plot_memory(result, path.with_suffix(".png")))
+
+        print(plot_memory(result, path.with_suffix(".png")))

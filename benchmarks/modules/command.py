@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +14,11 @@ from benchmarks.machine import describe_machine
 from benchmarks.modules.contenders import PEER
 from benchmarks.modules.measuring import Setting, measure
 from benchmarks.modules.results import RESULTS, print_tables, verdicts, write_json
+from benchmarks.options import add_shape, check_device, check_shape
 from benchmarks.overhead.command import quiet, say
 from benchmarks.overhead.timing import Schedule
 from benchmarks.overhead.turns import share_one_heap
+from benchmarks.pictures import if_matplotlib_is_there
 from benchmarks.timesteps.models import FUSED, Shape
 
 # On the GPU the sizes that FlashRNN (Poeppel et al. 2024) publishes its own times for.
@@ -36,23 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="few rounds, of the first sizes only")
     parser.add_argument("--kinds", nargs="+", choices=tuple(FUSED), default=list(FUSED))
-    parser.add_argument(
-        "--shape",
-        nargs=4,
-        type=int,
-        metavar=("T", "B", "I", "H"),
-        help="timesteps, sequences, input and hidden size, instead of "
-        + "; ".join(f"on {d} {' and '.join(str(s.shape) for s in all_)}" for d, all_ in _all()),
-    )
+    usual = (f"on {d} {' and '.join(str(s.shape) for s in all_)}" for d, all_ in _all())
+    add_shape(parser, f"instead of {'; '.join(usual)}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plot")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device here")
-    if options.shape and min(options.shape) < 2:
-        sys.exit(f"--shape: every size must be at least 2, got {options.shape}")
+    check_device(options)
+    check_shape(options)
     one_heap = share_one_heap()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
@@ -78,11 +71,9 @@ def run(options: argparse.Namespace) -> int:
     print_tables(result)
     path = write_json(result, options.output)
     print(f"\n{path}")
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.modules.plot import plot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    else:
+
         print(plot(result, path.with_suffix(".png")))
     return 0
 

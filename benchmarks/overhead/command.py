@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import check_device
 from benchmarks.overhead.contenders import BARE, CONTENDERS, Contender, finish_wandb
 from benchmarks.overhead.counting import added_counts, count_steps
 from benchmarks.overhead.memory import peak_memory
@@ -30,6 +31,7 @@ from benchmarks.overhead.workloads import (
     Workload,
     counting_workload,
 )
+from benchmarks.pictures import if_matplotlib_is_there
 
 QUICK = Schedule(warm_steps=30, rounds=6, steps=3)
 FULL = Schedule(warm_steps=35, rounds=12, steps=5)
@@ -56,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device here")
+    check_device(options)
     one_heap = share_one_heap()
     torch.set_num_threads(1)
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -87,11 +88,9 @@ def run(options: argparse.Namespace) -> int:
     print_tables(result)
     path = write_json(result, options.output)
     print(f"\n{path}")
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.overhead.plot import plot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    else:
+
         if "time" in result:
             print(plot(result, path.with_suffix(".png")))
     return 0

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import check_device
+from benchmarks.pictures import if_matplotlib_is_there
 from benchmarks.remedies.cases import CASES, Case
 from benchmarks.remedies.document import DOCUMENT, document
 from benchmarks.remedies.programs import train
@@ -36,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device here")
+    check_device(options)
     torch.set_num_threads(1)
     seeds = range(QUICK_SEEDS if options.quick else SEEDS)
     cases = [case for case in CASES if not options.cases or case.anchor in options.cases]
@@ -52,11 +53,9 @@ def run(options: argparse.Namespace) -> int:
     print_tables(result)
     path = write_json(result, options.output)
     print(f"\n{path}")
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.remedies.plot import plot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    else:
+
         print(plot(result, path.with_suffix(".png")))
     if path.parent == RESULTS and path.stem == "remedies_cpu" and not options.cases:
         DOCUMENT.write_text(document(result), encoding="utf-8")

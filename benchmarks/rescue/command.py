@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.kept import finish, folder_for
 from benchmarks.machine import describe_machine
-from benchmarks.options import check_run_options, seeds_of
+from benchmarks.options import add_run_options, check_run_options, seeds_of
 from benchmarks.overhead.results import RESULTS
+from benchmarks.pictures import if_matplotlib_is_there
 from benchmarks.rescue.contenders import CONTENDERS, select
 from benchmarks.rescue.document import write
 from benchmarks.rescue.jobs import Kept, fault_jobs, grid_jobs
@@ -47,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes; 0 runs all in this one")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        help="folder where results are kept run by run, and taken from if they are there; delete "
-        "the file of a contender that has changed",
-    )
+    add_run_options(parser, RESULTS, "contender")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -113,9 +107,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.rescue.plot import plot_scores
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    print(plot_scores(result, path.with_suffix(".png")))
+
+        print(plot_scores(result, path.with_suffix(".png")))

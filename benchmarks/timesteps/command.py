@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,9 +12,11 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.options import add_shape, check_device, check_shape
 from benchmarks.overhead.command import quiet, say
 from benchmarks.overhead.timing import Schedule
 from benchmarks.overhead.turns import share_one_heap
+from benchmarks.pictures import if_matplotlib_is_there
 from benchmarks.timesteps import trainer
 from benchmarks.timesteps.agreement import compare_gradients, compare_rates
 from benchmarks.timesteps.memory import peak_memory
@@ -46,14 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="few rounds, and no whole interval")
     parser.add_argument("--kinds", nargs="+", choices=tuple(FUSED), default=list(FUSED))
-    parser.add_argument(
-        "--shape",
-        nargs=4,
-        type=int,
-        metavar=("T", "B", "I", "H"),
-        help="timesteps, sequences, input and hidden size; default "
-        + "; ".join(f"on {device} {shape}" for device, shape in SHAPES.items()),
-    )
+    usual = (f"on {device} {shape}" for device, shape in SHAPES.items())
+    add_shape(parser, f"default {'; '.join(usual)}")
     parser.add_argument(
         "--parts", nargs="+", choices=tuple(_PARTS), default=list(_PARTS), help="default: all"
     )
@@ -62,10 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch finds no CUDA device here")
-    if options.shape and min(options.shape) < 2:
-        sys.exit(f"--shape: every size must be at least 2, got {options.shape}")
+    check_device(options)
+    check_shape(options)
     one_heap = share_one_heap()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
@@ -91,11 +84,9 @@ def run(options: argparse.Namespace) -> int:
     print_tables(result)
     path = write_json(result, options.output)
     print(f"\n{path}")
-    try:
+    with if_matplotlib_is_there():
         from benchmarks.timesteps.plot import plot
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-    else:
+
         if "cheap" in result and "exact" in result:
             print(plot(result, path.with_suffix(".png")))
     return 0
