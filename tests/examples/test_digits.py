@@ -9,18 +9,15 @@ import math
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.loading import EXAMPLES, load, pixels
 
 
 @pytest.fixture
 def digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    for name in ("rich", "matplotlib", "sklearn"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return importlib.import_module("digits")
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # where its own processes find it
+    return load("digits", "rich", "sklearn")
 
 
 @pytest.fixture
@@ -29,10 +26,6 @@ def words(digits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module("digits_words")
     monkeypatch.setattr(module.console, "width", 100)
     return module
-
-
-def pixels(path: Path) -> np.ndarray:
-    return importlib.import_module("matplotlib.image").imread(path)
 
 
 @pytest.mark.slow

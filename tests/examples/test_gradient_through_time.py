@@ -6,44 +6,28 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.readings import TimeReading
+from tests.examples.loading import geometric_reading, load, pixels
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMESTEPS = 64
+geometric = partial(geometric_reading, timesteps=TIMESTEPS)
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    for name in ("rich", "matplotlib", "sklearn"):
-        pytest.importorskip(name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module("gradient_through_time")
+    return load("gradient_through_time", "rich", "sklearn")
 
 
 @pytest.fixture(scope="module")
 def nets(example: ModuleType) -> ModuleType:
     return importlib.import_module("gradient_through_time_nets")
-
-
-def pixels(path: Path) -> np.ndarray:
-    return importlib.import_module("matplotlib.image").imread(path)
-
-
-def geometric(rate: float, step: int = 0, timesteps: int = TIMESTEPS) -> TimeReading:
-    """What a layer leaves whose gradient changes by a factor of e^rate in each step back."""
-    profile = tuple(0.01 * math.exp(rate * lag) for lag in reversed(range(timesteps)))
-    return TimeReading(
-        "rnn", "l0", "exact", "tanh", timesteps, 32, rate, recency=0.5, profile=profile, step=step
-    )
 
 
 CLOSED, OPEN = math.log(0.5), -0.01

@@ -6,45 +6,30 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.tasks import TemporalOrder
+from tests.examples.loading import geometric_reading, load, pixels
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TIMESTEPS = 40
+geometric = partial(geometric_reading, timesteps=TIMESTEPS)
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    pytest.importorskip("matplotlib")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module("recurrent_remedies")
+    return load("recurrent_remedies")
 
 
 @pytest.fixture(scope="module")
 def nets(example: ModuleType) -> ModuleType:
     return importlib.import_module("recurrent_remedies_nets")
-
-
-def pixels(path: Path) -> np.ndarray:
-    return importlib.import_module("matplotlib.image").imread(path)
-
-
-def geometric(rate: float, step: int = 0, name: str = "rnn") -> TimeReading:
-    """What a layer leaves whose gradient changes by a factor of e^rate in each step back."""
-    profile = tuple(0.01 * math.exp(rate * lag) for lag in reversed(range(TIMESTEPS)))
-    return TimeReading(
-        name, "l0", "exact", "tanh", TIMESTEPS, 32, rate, recency=0.5, profile=profile, step=step
-    )
 
 
 @pytest.fixture

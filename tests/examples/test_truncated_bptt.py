@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 
 from lightning_gradguard.diagnose import Finding, Pathology, Severity
 from lightning_gradguard.readings import TimeReading
 from lightning_gradguard.tasks import CharacterCorpus
+from tests.examples.loading import load, pixels
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 READING = TimeReading(
     "rnn", "l0", "exact", "gru", 4, 32, decay_rate=-1.0, profile=(0.4, 0.3, 0.2, 0.1)
 )
@@ -24,19 +23,12 @@ READING = TimeReading(
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    pytest.importorskip("matplotlib")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module("truncated_bptt")
+    return load("truncated_bptt")
 
 
 @pytest.fixture(scope="module")
 def figure(example: ModuleType) -> ModuleType:
     return importlib.import_module("truncated_bptt_figure")
-
-
-def pixels(path: Path) -> np.ndarray:
-    return importlib.import_module("matplotlib.image").imread(path)
 
 
 # -- the whole program -----------------------------------------------------------------------------
