@@ -36,6 +36,7 @@ ROWS = {
     "back_off": ("learning rate cut", "X"),
     "recover": ("learning rate recovered", "^"),
     "skip": ("step skipped", "s"),
+    "roll_back": ("weights put back", "<"),
     "stop": ("run stopped", "P"),
 }
 
@@ -106,15 +107,23 @@ def draw_norm(axes: Axes, runs: Sequence[Run]) -> None:
 
 def draw_cap(axes: Axes, runs: Sequence[Run]) -> None:
     """The largest step that the guard lets a tensor take, relative to the tensor's own norm."""
-    for run in runs:
-        caps = [row.max_ratio for row in run.history]
-        if any(map(math.isfinite, caps)):
-            steps = [row.step for row in run.history]
-            axes.plot(steps, [100 * cap for cap in caps], color=color(run), linewidth=1.4)
+    axes.set_ylabel("largest\nupdate, %")
+    capped = [run for run in runs if any(math.isfinite(row.max_ratio) for row in run.history)]
+    if not capped:
+        axes.set_yticks([])
+        axes.text(
+            0.5, 0.5, "nothing was capped", transform=axes.transAxes, ha="center", va="center"
+        )
+        return
+    for run in capped:
+        steps = [row.step for row in run.history]
+        caps = [
+            100 * row.max_ratio if math.isfinite(row.max_ratio) else math.nan for row in run.history
+        ]
+        axes.plot(steps, caps, color=color(run), linewidth=1.4)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.set_ylabel("largest\nupdate, %")
 
 
 def rows_of(runs: Sequence[Run]) -> list[tuple[str, str, str, list[int]]]:
@@ -141,7 +150,7 @@ def draw_events(axes: Axes, rows: Sequence[tuple[str, str, str, list[int]]]) -> 
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     for text, (_, _, shade, _) in zip(axes.get_yticklabels(), rows, strict=True):
         text.set_color(shade)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 

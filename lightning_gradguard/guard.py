@@ -66,7 +66,7 @@ logger = logging.getLogger("lightning_gradguard")
 # arrived on any accelerator, so that the host never waits.
 DEVICE_DELAY = 2
 # Of what `state_dict` holds; another one is not understood.
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class GuardEngine(EngineResults):
@@ -128,7 +128,7 @@ class GuardEngine(EngineResults):
         *,
         mode: str = "protect",
         clip: ClipStrategy | None = AdaptiveClip(),
-        cap: UpdateCap | None = UpdateCap(),
+        cap: UpdateCap | None = UpdateCap(on_evidence=True),
         skip: SkipBadSteps | None = SkipBadSteps(),
         backoff: LearningRateBackoff | None = LearningRateBackoff(),
         vanishing: VanishingRegularizer | None = None,
@@ -541,8 +541,10 @@ class GuardEngine(EngineResults):
         self._watched = WatchedParameters(
             self._model, self._optimizer, self._cap, on_device=self._fused, clip=self._clip
         )
-        if self._pipeline.ladder is not None and self._pipeline.ladder.clip is not None:
-            self._pipeline.ladder.clip.follow(self._watched.segments)
+        if self._pipeline.ladder is not None:
+            self._pipeline.ladder.follow_parameters(
+                self._watched.segments, compounding=self._watched.compounding
+            )
         self._pipeline.tensors = len(self._watched.meter.parameters)
         self._vanishing.follow(self._watched.meter.names, self._watched.meter.parameters)
         self._pipeline.model = replace(

@@ -87,6 +87,11 @@ class WatchedParameters:
             self.clipper.renew()
 
     @property
+    def compounding(self) -> bool:
+        """Whether some of them must not move as far as the others, see `cap_allowances`."""
+        return bool(self._allowances)
+
+    @property
     def current(self) -> bool:
         """Whether the optimizer still has as many parameters."""
         return sum(len(group["params"]) for group in self._optimizer.param_groups) == self._count

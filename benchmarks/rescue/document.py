@@ -33,7 +33,7 @@ contenders see the same weights and batches.
 characters. *Target* is {share:.0%} of the way from knowing nothing to the best mean score that
 anything but the guard has at any rate; where that best is less than {least} above knowing nothing
 there is no target, and the row is left out of the counts. *Range* is 0.5 decades for each rate
-that reaches the target, mean over seeds. Constants of the guard were tuned on runs of seeds 0 and 1
+that reaches the target, mean over seeds. Constants of the guard were tuned on runs of seeds 0 to 2
 of {tuned} ([default-response.md](default-response.md)); {held_out} and the later seeds here were
 not used for it. Nothing was tuned for any other contender.
 

@@ -92,7 +92,7 @@ class GradGuard(EngineCallback):
         self,
         mode: Literal["protect", "observe"] = "protect",
         clip: ClipStrategy | single.AdaptiveGradientClipping | None = AdaptiveClip(),
-        cap: UpdateCap | single.UpdateCap | None = UpdateCap(),
+        cap: UpdateCap | single.UpdateCap | None = UpdateCap(on_evidence=True),
         skip: SkipBadSteps | single.SkipBadSteps | None = SkipBadSteps(),
         backoff: LearningRateBackoff | single.LearningRateBackoff | None = LearningRateBackoff(),
         layer_depth: int | None = None,

@@ -87,6 +87,7 @@ class UpdateCap(SingleResponse):
         loosen: Factor on it otherwise.
         confidence: The change of the loss that counts, in standard errors.
         relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs.
+        on_evidence: Whether nothing is bounded until the loss speaks against it.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -112,6 +113,7 @@ class UpdateCap(SingleResponse):
         loosen: float = respond.UpdateCap.loosen,
         confidence: float = respond.UpdateCap.confidence,
         relu_recurrence: float = respond.UpdateCap.relu_recurrence,
+        on_evidence: bool = respond.UpdateCap.on_evidence,
     ) -> None:
         settings = respond.UpdateCap(
             max_ratio=max_ratio,
@@ -126,6 +128,7 @@ class UpdateCap(SingleResponse):
             loosen=loosen,
             confidence=confidence,
             relu_recurrence=relu_recurrence,
+            on_evidence=on_evidence,
         )
         super().__init__("cap", settings)
 

@@ -113,8 +113,11 @@ class GradientBound(ShrinkingBound):
         limits_P, large_P = self._spread(limits), self._spread(large)
         scales_P = (limits_P / shares_P).clamp_(max=1.0)
         if self._on_device:
+            self.large = (shares_P > large_P).sum()
+            if math.isinf(max_ratio):
+                return
             self._scale(range(len(self._parameters)), list(scales_P.unbind()))
-            self._held_back, self.large = (scales_P < 1.0).sum(), (shares_P > large_P).sum()
+            self._held_back = (scales_P < 1.0).sum()
             return
         scales, beyond = torch.stack([scales_P, (shares_P > large_P).to(scales_P)]).tolist()
         over = [i for i, scale in enumerate(scales) if scale < 1.0]

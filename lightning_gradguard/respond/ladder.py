@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lightning_gradguard.diagnose import Finding, Pathology, RobustBaseline, Severity
-from lightning_gradguard.respond.actions import Action, ActionKind
+from lightning_gradguard.respond import announcements
+from lightning_gradguard.respond.actions import Action
 from lightning_gradguard.respond.clip_thresholds import (
     UNBOUNDED,
     ClipBounds,
+    ClipSegments,
     ClipThresholds,
     make_thresholds,
 )
 from lightning_gradguard.respond.clipping import AdaptiveClip, ClipStrategy
 from lightning_gradguard.respond.learning_rate import LearningRateBackoff, LearningRateScale
 from lightning_gradguard.respond.rate_jumps import FollowedRate
+from lightning_gradguard.respond.ratio_schedule import RatioSchedule
 from lightning_gradguard.respond.rollback import RollbackBudget, WeightRollback, ask_to_go_back
 from lightning_gradguard.respond.skipping import SkipBadSteps, SkipBudget
-from lightning_gradguard.respond.update_cap import RatioSchedule, UpdateCap
+from lightning_gradguard.respond.update_cap import UpdateCap
 
 # Findings upon which the learning rate is cut: the run gets worse, and the cap did not stop it.
 _AS_SAID = {
@@ -89,7 +92,7 @@ class LadderSettings:
     """The rungs that are in use; ``None`` leaves one out."""
 
     clip: ClipStrategy | None = AdaptiveClip()
-    cap: UpdateCap | None = UpdateCap()
+    cap: UpdateCap | None = UpdateCap(on_evidence=True)
     skip: SkipBadSteps | None = SkipBadSteps()
     backoff: LearningRateBackoff | None = LearningRateBackoff()
     rollback: WeightRollback | None = WeightRollback()
@@ -108,7 +111,7 @@ class Ladder:
         self.baseline = RobustBaseline()
         self.clip = make_thresholds(settings.clip, self.baseline)
         self.budget = SkipBudget(settings.skip) if settings.skip else None
-        self.schedule = RatioSchedule(settings.cap) if settings.cap else None
+        self.schedule = _schedule(settings)
         self.rate = LearningRateScale(settings.backoff) if settings.backoff else None
         self.followed = FollowedRate(settings.backoff.max_leap) if settings.backoff else None
         self.rollback = RollbackBudget(settings.rollback) if settings.rollback else None
@@ -133,11 +136,20 @@ class Ladder:
         scale = self.followed.follow(rates)
         if scale == 1.0 or before < 1.0:
             return []
-        message = (
-            f"The learning rate leaps to {rates[0]:.3g} at step {step}; it is followed over the "
-            f"next {self.followed.steps_left} steps, as a warm-up would have led to it."
-        )
-        return [Action(ActionKind.BACK_OFF, step, message, {"lr_scale": scale})]
+        return [announcements.followed(step, rates[0], scale, self.followed.steps_left)]
+
+    def follow_parameters(self, segments: ClipSegments, *, compounding: bool) -> None:
+        """Take in the parameters that are bounded from now on.
+
+        Args:
+            segments: Which of them are clipped together.
+            compounding: Whether changes of some of them compound from timestep to timestep, so that
+                there is nothing left of the run by the time the loss shows that they are too large.
+        """
+        if self.clip is not None:
+            self.clip.follow(segments)
+        if self.schedule is not None and compounding:
+            self.schedule.stop_trusting()
 
     def plan(self) -> StepPlan:
         """The bounds of the next step."""
@@ -155,7 +167,8 @@ class Ladder:
             may_skip=skip is not None,
             max_ratio=self.schedule.ratio if self.schedule else math.inf,
             lr_scale=(self.rate.scale if self.rate else 1.0)
-            * (self.followed.scale if self.followed else 1.0),
+            * (self.followed.scale if self.followed else 1.0)
+            * (self.schedule.lr_scale if self.schedule else 1.0),
         )
 
     def observe(
@@ -204,7 +217,7 @@ class Ladder:
         if lost:
             actions += self._stop(step, lost, restorable, weights_broken=weights_broken)
         if self.schedule is not None:
-            actions += self._follow_loss(self.schedule, step, loss, large_share)
+            actions += self._follow_loss(self.schedule, step, loss, large_share, restorable)
         if self.rate is not None:
             actions += self._scale_rate(self.rate, step, skipped, findings)
         return actions
@@ -221,15 +234,7 @@ class Ladder:
         budget.record(skipped)
         if not skipped:
             return []
-        median = self.median_norm
-        size = f"{total_norm:.3g}"
-        if median is not None and math.isfinite(total_norm):
-            size += f", {total_norm / median:.3g} times its median"
-        message = (
-            f"Step {step} skipped, because the gradient norm was {size}; "
-            "weights and optimizer state are untouched."
-        )
-        return [Action(ActionKind.SKIP, step, message, {"total_norm": total_norm})]
+        return [announcements.skipped(step, total_norm, self.median_norm)]
 
     def _why_lost(self, *, weights_broken: bool) -> str:
         """Why the run cannot go on as it is, in words; empty if it can."""
@@ -253,15 +258,11 @@ class Ladder:
             self.budget.consecutive = 0
         if self.schedule is not None:
             self.schedule.retreat()
-        message = (
-            f"Step {step}: weights, optimizer and buffers put back to step {restorable}, "
-            f"because {reason}"
-        )
-        numbers = {"to_step": float(restorable), "rollbacks": float(rollback.used)}
+        also, numbers = "", {"rollbacks": float(rollback.used)}
         if self.rate is not None and self.rate.cut(at_once=True):
-            message += f"; learning rate cut to {self.rate.scale:.3g} of its schedule"
+            also = f"learning rate cut to {self.rate.scale:.3g} of its schedule"
             numbers["lr_scale"] = self.rate.scale
-        return Action(ActionKind.ROLL_BACK, step, f"{message}.", numbers)
+        return announcements.put_back(step, restorable, reason, also, numbers)
 
     def _stop(
         self, step: int, reason: str, restorable: int | None, *, weights_broken: bool
@@ -272,16 +273,11 @@ class Ladder:
             return []
         self.should_stop = True
         numbers = {"consecutive": float(self.budget.consecutive)} if self.budget else {}
-        message = f"Stopping at step {step}: {reason}"
+        used = 0
         if self.rollback is not None:
-            self.rollback.stopped = True
-            numbers["rollbacks"] = float(self.rollback.used)
-            if self.rollback.used:
-                message += f", and going back {self.rollback.used} times has not helped"
-        message += "."
-        if restorable is not None:
-            message += f" Weights, optimizer and buffers are put back to step {restorable}."
-        return [Action(ActionKind.STOP, step, message, numbers)]
+            self.rollback.stopped, used = True, self.rollback.used
+            numbers["rollbacks"] = float(used)
+        return [announcements.stopped(step, reason, restorable, used, numbers)]
 
     def copy_due(self, step: int, newest: int | None) -> bool:
         """Whether the weights are to be copied before the update of ``step``.
@@ -294,21 +290,40 @@ class Ladder:
             return False
         return newest is None or self.rate is None or self.rate.settled
 
-    @staticmethod
     def _follow_loss(
-        schedule: RatioSchedule, step: int, loss: float | None, large_share: float
+        self,
+        schedule: RatioSchedule,
+        step: int,
+        loss: float | None,
+        large_share: float,
+        restorable: int | None,
     ) -> list[Action]:
+        if step == 0 and restorable is None:
+            schedule.stop_trusting()
         change = schedule.advance(loss, large_share)
-        if change >= 1.0:
+        if schedule.asks_back:
+            return [self._begin_to_bind(schedule, step, restorable)]
+        if change == 1.0 or (change > 1.0 and not schedule.trusting):
             return []
-        seen = "the loss gets worse"
+        if change > 1.0:
+            return [announcements.recovered(step, schedule.lr_scale)]
+        why = "updates are large and the loss gets worse"
         if schedule.trial is not None:
-            seen = "the loss does not change; smaller ones are tried"
-        message = (
-            f"Cap on updates tightened to {schedule.ratio:.2%} of each tensor's norm per step, "
-            f"because updates are large and {seen}."
-        )
-        return [Action(ActionKind.TIGHTEN, step, message, {"max_ratio": schedule.ratio})]
+            why = "updates are large and the loss does not change; smaller ones are tried"
+        if schedule.trusting:
+            return [announcements.cut(step, schedule.lr_scale, why)]
+        return [announcements.tightened(step, schedule.ratio, why)]
+
+    def _begin_to_bind(self, schedule: RatioSchedule, step: int, restorable: int | None) -> Action:
+        """The cap does not trust the run any more: undo what that led to, as far as possible."""
+        why = "the loss has risen under large updates"
+        if restorable is None:
+            return announcements.tightened(step, schedule.ratio, why)
+        self.puts_back = True
+        if self.budget is not None:
+            self.budget.consecutive = 0
+        also = f"updates capped at {schedule.ratio:.2%} of each tensor's norm"
+        return announcements.put_back(step, restorable, why, also, {"max_ratio": schedule.ratio})
 
     @staticmethod
     def _scale_rate(
@@ -316,17 +331,11 @@ class Ladder:
     ) -> list[Action]:
         causes = [f for f in findings if f.severity >= Severity.WARNING and f.pathology in _AS_SAID]
         if causes and rate.cut():
-            message = (
-                f"Learning rate cut to {rate.scale:.3g} of its schedule, because the run is "
-                f"{_AS_SAID[causes[0].pathology]}."
-            )
-            kind = ActionKind.BACK_OFF
-        elif rate.advance(healthy=not skipped and not causes):
-            message = f"Learning rate recovered to {rate.scale:.3g} of its schedule."
-            kind = ActionKind.RECOVER
-        else:
-            return []
-        return [Action(kind, step, message, {"lr_scale": rate.scale})]
+            why = f"the run is {_AS_SAID[causes[0].pathology]}"
+            return [announcements.cut(step, rate.scale, why)]
+        if rate.advance(healthy=not skipped and not causes):
+            return [announcements.recovered(step, rate.scale)]
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""
@@ -357,3 +366,11 @@ class Ladder:
             "rollback": self.rollback,
         }
         return [(name, part) for name, part in parts.items() if part is not None]
+
+
+def _schedule(settings: LadderSettings) -> RatioSchedule | None:
+    """That of the cap; a run is trusted only if going back and a lower rate are in use."""
+    if settings.cap is None:
+        return None
+    trusting = settings.rollback is not None and settings.backoff is not None
+    return RatioSchedule(settings.cap, trusting=trusting)

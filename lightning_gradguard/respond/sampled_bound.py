@@ -60,7 +60,10 @@ class SampledBound(ShrinkingBound):
         self._max_ratio = max_ratio
         growth = self._rate_growth()
         near = NEAR_SHARE * max_ratio
-        if seen:
+        if math.isinf(max_ratio):  # what is not copied is only known by its sample
+            self.large = sum(growth * ratio > self._large_ratio for ratio in seen)
+            self._shrinker.copy([])
+        elif seen:
             self._shrinker.copy([i for i, ratio in enumerate(seen) if not growth * ratio < near])
         else:
             self._shrinker.copy(list(range(len(self._parameters))))
@@ -84,7 +87,8 @@ class SampledBound(ShrinkingBound):
     def after_step(self) -> int | Tensor:
         """Shrink what went beyond the cap; returns how many tensors did."""
         capped = self._shrinker.shrink(self._max_ratio)
-        self.large = self._shrinker.beyond(self._large_ratio)
+        if math.isfinite(self._max_ratio):
+            self.large = self._shrinker.beyond(self._large_ratio)
         ratios = self._sampler.ratios()
         if ratios is not None and self._allowances:
             if self._allowances_P is None:  # once: lists become tensors by a copy that waits

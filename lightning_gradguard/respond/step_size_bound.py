@@ -95,6 +95,10 @@ class StepSizeBound(ShrinkingBound):
         if max_ratio < self._ordinary_ratio and self._is_ordinary(rates):
             max_ratio = self._ordinary_ratio
         self._max_ratio = max_ratio
+        if math.isinf(max_ratio):
+            self.large = self._count_large(rates)
+            self._shrinker.copy([])
+            return
         early = self._steps <= FIRST_STEPS and isinstance(self._optimizer, _LATE_TO_NORMALIZE)
         near = 0.0 if early else NEAR_SHARE * max_ratio
         if all(rate * peak < near for rate, peak in zip(rates, self._peaks, strict=True)):
@@ -126,13 +130,16 @@ class StepSizeBound(ShrinkingBound):
         )
 
     def _makes_large_steps(self, rates: Sequence[float]) -> bool:
+        return self._count_large(rates) > len(self._potentials) // 2
+
+    def _count_large(self, rates: Sequence[float]) -> int:
+        """How many tensors' steps are large at these rates."""
         if all(r * peak <= self._large_ratio for r, peak in zip(rates, self._peaks, strict=True)):
-            return False
-        large = sum(
+            return 0
+        return sum(
             rates[group] * potential > self._large_ratio
             for group, potential in zip(self._group_of, self._potentials, strict=True)
         )
-        return large > len(self._potentials) // 2
 
     def after_step(self) -> int | Tensor:
         """Scale the large updates down; returns how many there were."""

@@ -1,17 +1,10 @@
-"""How large a relative update is allowed, and how that follows the progress of the loss."""
+"""How large a relative update may be: settings."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
 
 from lightning_gradguard._validation import check_number, check_type
-
-# Standard error of a median of n normal values, in units of their scale / sqrt(n).
-_MEDIAN_ERROR = 1.2533
-_MAD_TO_SCALE = 1.4826
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,14 @@ class UpdateCap:
         confidence: The change of the loss that counts, in standard errors. Default 2.
         relu_recurrence: Factor on the share for the recurrent weights of ReLU RNNs, whose changes
             compound from timestep to timestep. Default 0.05; 1 makes no difference between tensors.
+        on_evidence: Whether nothing is bounded until the loss speaks against it: if it rises within
+            the first ``2 * window`` steps whose updates are large, the weights of before are put
+            back and the cap holds for good. A run that gets through this is left alone, but for its
+            learning rate, which is then lowered by the rules above in place of the share. Needs
+            ``adaptive``, a loss, and going back and back-off as well; without one of them, and for
+            ReLU RNNs, the cap holds from the first step on. Default ``False``; the guard itself
+            comes with ``True``, because no bound that saves failing runs was found that does not
+            slow some healthy ones down.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -72,6 +73,7 @@ class UpdateCap:
     loosen: float = 1.25
     confidence: float = 2.0
     relu_recurrence: float = 0.05
+    on_evidence: bool = False
 
     def __post_init__(self) -> None:
         check_number("max_ratio", self.max_ratio, above=0.0)
@@ -84,6 +86,7 @@ class UpdateCap:
             check_number("min_ratio", self.min_ratio, above=0.0, at_most=self.first_ratio)
         check_number("relu_recurrence", self.relu_recurrence, above=0.0, at_most=1.0)
         check_type("adaptive", self.adaptive, bool, "True or False")
+        check_type("on_evidence", self.on_evidence, bool, "True or False")
         check_number("window", self.window, at_least=2, integer=True)
         check_number("opening", self.opening, above=1.0)
         check_number("tighten", self.tighten, above=0.0, below=1.0)
@@ -111,185 +114,3 @@ class UpdateCap:
         if self.min_ratio is None:
             return min(self.widest_ratio / 30, self.first_ratio)
         return self.min_ratio
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Whether smaller updates help.
-
-    Args:
-        before: The share before it.
-        losses: Those of the window before it.
-        trend: What the loss fell by from window to window before it, at least 0.
-        windows: How many are left.
-    """
-
-    before: float
-    losses: list[float]
-    trend: float
-    windows: int
-
-
-class RatioSchedule:
-    """The cap at each step, from the losses and from how many updates were large.
-
-    Plain values in and out, so that every rank that sees the same losses holds the same cap. Only
-    differences of losses against their own spread decide: scaling or shifting the loss changes
-    nothing.
-
-    Attributes:
-        ratio: The cap.
-        trial: The trial under way, if there is one.
-    """
-
-    # Of the tensors, over a window: an ordinary learning rate makes few updates large, and then
-    # what the loss does is not for the cap to answer, be it a plateau or noise.
-    _MANY = 0.5
-    # Windows stop growing here, which bounds the memory.
-    _LONGEST = 500
-    _SHARE_OF_RUN = 16
-    # The first window under a smaller cap still holds losses from before it.
-    _TRIAL_WINDOWS = 2
-    _MOST_PATIENCE = 16
-    # Patience after two trials in vain: from then on it is a plateau, whatever else it may be.
-    _TRIED_TWICE = 2
-
-    def __init__(self, settings: UpdateCap) -> None:
-        self.settings = settings
-        self.ratio = settings.first_ratio if settings.adaptive else settings.max_ratio
-        self.trial: Trial | None = None
-        self._before: list[float] = []
-        self._now: list[float] = []
-        self._large = 0.0
-        self._steps = 0
-        self._opening = True
-        self._patience = 1  # windows without a change of the loss before the next trial
-        self._unchanged = 0
-
-    def advance(self, loss: float | None, large_share: float) -> float:
-        """Account for one step; returns the factor by which the cap changed (1.0 for none).
-
-        Args:
-            loss: Loss of the step, if known.
-            large_share: Share of tensors whose update would have been large, in [0, 1]: beyond the
-                widest share, or of Adam and its relatives beyond the largest.
-        """
-        if not self.settings.adaptive or loss is None:
-            return 1.0
-        self._now.append(loss if math.isfinite(loss) else math.inf)
-        self._large += large_share
-        self._steps += 1
-        if len(self._now) < self._window:
-            return 1.0
-        old = self.ratio
-        if self._before:
-            self._adapt(self._large / len(self._now))
-        self._before, self._now, self._large = self._now, [], 0.0
-        return self.ratio / old
-
-    def retreat(self) -> None:
-        """Tighten as if the loss had got worse, and compare only losses that come from now on."""
-        if self.settings.adaptive:
-            self._retreat()
-        self._before, self._now, self._large = [], [], 0.0
-
-    @property
-    def _window(self) -> int:
-        grown = min(self._steps // self._SHARE_OF_RUN, self._LONGEST)
-        return max(self.settings.window, grown)
-
-    def _adapt(self, large_share: float) -> None:
-        confidence = self.settings.confidence
-        if large_share <= self._MANY:
-            self.trial, self._unchanged = None, 0
-            self._loosen()
-        elif not math.isfinite(median(self._now)):
-            self._retreat()
-        elif self.trial is not None:
-            self._judge(self.trial)
-        elif _improved(self._now, self._before, confidence):
-            self._retreat()
-        elif _improved(self._before, self._now, confidence):
-            self._unchanged = 0
-            self._loosen()
-        else:
-            self._wait()
-
-    def _wait(self) -> None:
-        """The loss does not change: what is tried depends on how long."""
-        self._unchanged += 1
-        if self._unchanged >= self._patience:
-            trend = max(median(self._before) - median(self._now), 0.0)
-            self.trial = Trial(self.ratio, self._now, trend, self._TRIAL_WINDOWS)
-            self._tighten(self.settings.tighten)
-        elif self._opening or self._patience > self._TRIED_TWICE:
-            self._loosen()
-
-    def _judge(self, trial: Trial) -> None:
-        """Keep a smaller share that helps, and take back one that does not.
-
-        It helps if the loss falls further than it would have as it went.
-        """
-        expected = trial.trend * (self._TRIAL_WINDOWS + 1 - trial.windows)
-        as_it_went = [loss - expected for loss in trial.losses]
-        if _improved(as_it_went, self._now, self.settings.confidence):
-            self.trial, self._unchanged, self._patience = None, 0, 1
-        elif trial.windows > 1:
-            self.trial = replace(trial, windows=trial.windows - 1)
-        else:
-            self.trial, self._unchanged = None, 0
-            self._patience = min(2 * self._patience, self._MOST_PATIENCE)
-            self.ratio = trial.before  # large updates are not what keeps the loss where it is
-            self._loosen()
-
-    def _retreat(self) -> None:
-        self.trial, self._unchanged = None, 0
-        self._tighten(self.settings.retreat)
-
-    def _tighten(self, factor: float) -> None:
-        self._opening = False
-        self.ratio = max(self.ratio * factor, self.settings.least_ratio)
-
-    def _loosen(self) -> None:
-        factor = self.settings.opening if self._opening else self.settings.loosen
-        self.ratio = min(self.ratio * factor, self.settings.widest_ratio)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values from which :meth:`load_state_dict` continues."""
-        return {
-            "ratio": self.ratio,
-            "trial": None if self.trial is None else asdict(self.trial),
-            "before": list(self._before),
-            "now": list(self._now),
-            "large": self._large,
-            "steps": self._steps,
-            "opening": self._opening,
-            "patience": self._patience,
-            "unchanged": self._unchanged,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.ratio = float(state["ratio"])
-        self.trial = None if state["trial"] is None else Trial(**state["trial"])
-        self._before = [float(loss) for loss in state["before"]]
-        self._now = [float(loss) for loss in state["now"]]
-        self._large = float(state["large"])
-        self._steps = int(state["steps"])
-        self._opening = bool(state["opening"])
-        self._patience = int(state["patience"])
-        self._unchanged = int(state["unchanged"])
-
-
-def _improved(before: list[float], now: list[float], confidence: float) -> bool:
-    """Whether the median fell by more than ``confidence`` standard errors of the difference."""
-    center_before, center_now = median(before), median(now)
-    if not math.isfinite(center_now):
-        return False
-    if not math.isfinite(center_before):
-        return True
-    deviations = [abs(loss - center_before) for loss in before]
-    deviations += [abs(loss - center_now) for loss in now]
-    scale = _MAD_TO_SCALE * median(deviations)
-    error = _MEDIAN_ERROR * scale * math.sqrt(1.0 / len(before) + 1.0 / len(now))
-    return center_before - center_now > confidence * error

@@ -63,6 +63,11 @@ RUNGS: dict[str, dict[str, Any]] = {
     "skip": {"skip": SKIP},
     "back off": {"backoff": LearningRateBackoff(cooldown_steps=4, recovery_steps=6)},
     "roll back": {"skip": SKIP, "rollback": ROLLBACK},
+    "cap on evidence": {
+        "cap": UpdateCap(max_ratio=0.005, on_evidence=True),
+        "backoff": LearningRateBackoff(),
+        "rollback": ROLLBACK,
+    },
     "all": {
         "clip": AdaptiveClip(multiple=1.5),
         "cap": UpdateCap(max_ratio=0.01, window=4),
@@ -155,6 +160,13 @@ def goes_back(result: dict[str, Any]) -> bool:
     return steps_of(result, "roll_back") == [AT + 1 + result["late_by"]]
 
 
+def loses_trust(result: dict[str, Any]) -> bool:
+    """Nothing is held back until the loss rises; then the cap holds for good."""
+    (back,) = (a["step"] for a in result["actions"] if "max_ratio" in a["numbers"])
+    bounded = {row["max_ratio"] < math.inf: row["step"] for row in result["history"]}
+    return back >= AT and bounded[False] == back + result["late_by"] and True in bounded
+
+
 def stops(result: dict[str, Any]) -> bool:
     backs = steps_of(result, "roll_back")
     (step,) = steps_of(result, "stop")
@@ -176,6 +188,7 @@ CASES: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
     ("skip", "outlier batch", skips_it),
     ("skip", "nan batches", stops_without_copies),
     ("back off", "diverging loss", backs_off),
+    ("cap on evidence", "diverging loss", loses_trust),
     ("roll back", "nan weight", goes_back),
     ("roll back", "nan batches", stops),
     ("all", "nan batch", skips_it),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gradguard.respond import UpdateCap
-from lightning_gradguard.respond.update_cap import RatioSchedule
+from lightning_gradguard.respond.ratio_schedule import RatioSchedule
 
 CAP = UpdateCap(window=4, max_ratio=0.1, wide_ratio=0.1)
 LOSS = st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True), st.floats(-10, 10))

@@ -18,8 +18,8 @@ from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.respond import LearningRateBackoff, SkipBadSteps, UpdateCap
 from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.learning_rate import LearningRateScale
+from lightning_gradguard.respond.ratio_schedule import RatioSchedule
 from lightning_gradguard.respond.skipping import SkipBudget
-from lightning_gradguard.respond.update_cap import RatioSchedule
 from lightning_gradguard.respond.weight_norms import WeightNorms
 from tests.models import Regression, assert_same_bits, make_batches
 from tests.respond.optimizers import weights
