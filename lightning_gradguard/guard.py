@@ -78,7 +78,8 @@ class GuardEngine(EngineResults):
         mode: ``"protect"``, or ``"observe"`` to measure and find without ever changing a bit, and
             then no response may be asked for.
         clip: How gradients are clipped: adaptively by default, or ``None`` for not at all.
-        cap: Cap on relative updates, or ``None`` for none.
+        cap: Cap on relative updates; by default one that holds once the loss has risen under large
+            ones. ``None`` for none.
         skip: Skipping of bad steps, or ``None`` for none.
         backoff: Learning-rate back-off, or ``None`` for none.
         vanishing: Regularizer that keeps the gradient through time from vanishing; default none.

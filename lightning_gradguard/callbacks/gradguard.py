@@ -40,7 +40,8 @@ class GradGuard(EngineCallback):
         mode: ``"protect"`` (default), or ``"observe"`` to turn every response off.
         clip: How gradients are clipped. Default: their total norm, to ten times its running median;
             other strategies are in :mod:`lightning_gradguard.respond`; ``None`` for not at all.
-        cap: Cap on each tensor's relative update; ``None`` for none.
+        cap: Cap on each tensor's relative update. Default: one that holds once the loss has risen
+            under large updates; ``UpdateCap()`` holds from the first step on; ``None`` for none.
         skip: Dropping of steps with a bad gradient; ``None`` for none.
         backoff: Cutting of the learning rate on instability; ``None`` for none.
         layer_depth: Components of the module path that make a layer in the metric keys; default
