@@ -13,9 +13,9 @@ from statistics import median
 # Standard error of a median of n normal values, in units of their scale / sqrt(n).
 _MEDIAN_ERROR = 1.2533
 _MAD_TO_SCALE = 1.4826
-# Shares of the first loss by which later ones have to exceed it: the middle one of three, or two.
-# A single bad batch says nothing.
-_OVERSHOOT, _LEAP = 0.07, 1.0
+# Shares of the first loss by which later ones have to exceed it: the median of five, or two in a
+# row. A single bad batch says nothing, and some healthy runs leap once and are far below at once.
+_OVERSHOOT, _LEAP = 0.07, 3.0
 # Losses whose median is compared, and how many standard errors it has to rise by. The lowest of up
 # to nine medians is 1.5 of them low by chance.
 _BLOCK = 5
@@ -50,13 +50,13 @@ def overshoots(losses: Sequence[float]) -> bool:
     time to learn how noisy it is.
 
     Example:
-        >>> overshoots([2.3, 2.2, 2.4]), overshoots([2.3, 2.5, 2.6, 2.7])
+        >>> overshoots([2.3, 2.5, 2.6, 2.2]), overshoots([2.3, 2.5, 2.6, 2.2, 2.7, 2.6])
         (False, True)
     """
     first, later = losses[0], losses[1:]
     if len(later) > 1 and min(later[-2:]) - first > _LEAP * abs(first):
         return True
-    return len(later) > 2 and median(later[-3:]) - first > _OVERSHOOT * abs(first)
+    return len(later) >= _BLOCK and median(later[-_BLOCK:]) - first > _OVERSHOOT * abs(first)
 
 
 def rises(losses: Sequence[float]) -> bool:

@@ -17,7 +17,7 @@ from lightning_gradguard.respond.ratio_schedule import RatioSchedule
 CAP = UpdateCap(window=10, on_evidence=True)
 LOSS = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.floats(-10, 10))
 STEPS = st.lists(st.tuples(LOSS, st.floats(0.0, 1.0)), max_size=150)
-EXPLODES = [2.3, 2.3, 5.0, 9.0]
+EXPLODES = [2.3, 2.3, 10.0, 20.0]
 
 
 def trusting(cap: UpdateCap = CAP) -> RatioSchedule:
