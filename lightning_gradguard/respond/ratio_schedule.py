@@ -32,7 +32,7 @@ class RatioSchedule:
     """The cap at each step, from the losses and from how many updates were large.
 
     Plain values in and out, so that every rank that sees the same losses holds the same cap. Losses
-    are judged by their own spread: scaling them changes nothing.
+    are judged by their own spread or by the first of them: scaling them changes nothing.
 
     A schedule that trusts the run bounds nothing. While updates are large for the first time, a
     loss that rises ends the trust for good: the weights of before are asked for, and the cap
