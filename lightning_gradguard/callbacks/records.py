@@ -14,7 +14,7 @@ from lightning_gradguard.callbacks.progress import ProgressState
 from lightning_gradguard.callbacks.recording import Recording
 from lightning_gradguard.callbacks.run_directory import wants_files
 from lightning_gradguard.callbacks.run_facts import run_info
-from lightning_gradguard.callbacks.step_log import StepLog
+from lightning_gradguard.callbacks.step_log import StepLog, log_at_once
 from lightning_gradguard.callbacks.surroundings import logged_step
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record.gallery import Gallery
@@ -93,8 +93,11 @@ class Records:
         Args:
             module: The model, through which metrics reach the loggers.
         """
+        layers: dict[str, float] = {}
         for engine in self._engines:
             module.log_dict(self._log.metrics(engine), on_step=True, on_epoch=False)
+            layers |= self._log.layers(engine)
+        log_at_once(module.trainer, layers)
         if self._recording is not None:
             self._recording.logged()
         if self._gallery is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard, GradientMonitor
@@ -37,8 +37,36 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(callbacks, tmp_path, epochs=1, **options):
-    module = Net()
+class Counts(Net):
+    """Counts the keys that go through Lightning's ``log``, each of which takes its time."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Linear(3, 4), *(torch.nn.Linear(4, 4) for _ in range(layers))
+        )
+        self.logged = 0
+
+    def log(self, *args, **kwargs):
+        self.logged += 1
+        super().log(*args, **kwargs)
+
+
+class KeepsCalls(Logger):
+    name, version = "calls", 0
+
+    def __init__(self):
+        self.calls = []
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        """Nothing of them is asked."""
+
+
+def fit(callbacks, tmp_path, epochs=1, module=None, **options):
+    module = module or Net()
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=callbacks,
@@ -102,11 +130,37 @@ def test_keys_have_only_characters_that_every_logger_takes(tmp_path):
     assert all(re.fullmatch(r"[A-Za-z0-9_./]+", key) for key in trainer.callback_metrics)
 
 
-def test_other_callbacks_can_watch_the_norm(tmp_path):
-    stop = EarlyStopping("grad_norm/total", stopping_threshold=1e9, check_on_train_epoch_end=True)
+@pytest.mark.parametrize("key", ["total", "encoder.0"])
+def test_other_callbacks_can_watch_the_norm(key, tmp_path):
+    stop = EarlyStopping(f"grad_norm/{key}", stopping_threshold=1e9, check_on_train_epoch_end=True)
     _, trainer = fit([GradientMonitor(), stop], tmp_path, epochs=5)
 
     assert trainer.current_epoch < 5
+
+
+def test_layers_reach_a_logger_in_one_call_at_the_steps_of_the_rest(tmp_path):
+    logger = KeepsCalls()
+    module, trainer = fit([GradientMonitor()], tmp_path, logger=logger)
+
+    calls = [(step, row) for step, row in logger.calls if "grad_norm/encoder.0" in row]
+    assert [step for step, _ in calls] == [3, 7, 11]
+    assert [step for step, row in logger.calls if "grad_norm/total" in row][:3] == [3, 7, 11]
+    for step, row in calls:
+        assert row.keys() >= {"grad_norm/total_", "epoch"}
+        both = math.hypot(row["grad_norm/encoder.0"], row["grad_norm/total_"])
+        assert both == pytest.approx(module.norms[step], rel=1e-6)
+    assert trainer.logged_metrics["grad_norm/total_"].item() == pytest.approx(
+        calls[-1][1]["grad_norm/total_"]
+    )
+
+
+def test_log_dict_gets_no_more_keys_for_more_layers(tmp_path):
+    counts = []
+    for layers in (1, 30):
+        model = Counts(layers)
+        fit([GradGuard()], tmp_path, module=model)
+        counts.append(model.logged)
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_healthy_run_says_no_more_than_where_its_report_is(tmp_path, caplog):
