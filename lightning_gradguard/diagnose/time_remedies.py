@@ -39,6 +39,10 @@ def vanishing_remedies(reading: TimeReading) -> tuple[Remedy, ...]:
     """Returns the remedies for a gradient that vanishes, best first, with the module's own path."""
     if reading.kind not in (*_GATED, "tanh", *_RECTIFIED):
         return (_attention(reading), _shorter(reading))
+    if reading.kind in _GATED and not reading.bias:
+        # Nothing to start the gates from, and a module with biases is another one.
+        others = (_attention(reading), _shorter(reading))
+        return (_dilated(reading), *others) if _is_stack(reading) else others
     if _is_stack(reading):
         return (_dilated(reading), _kept(reading), _attention(reading))
     if reading.kind in _GATED:
@@ -166,11 +170,13 @@ def _dilated(reading: TimeReading) -> Remedy:
 
 
 def _gated(reading: TimeReading) -> Remedy:
+    # Its gates are started by biases, whether or not there were any before.
+    bias = "rnn.bias" if reading.bias else "True"
     if _is_cell(reading):
-        new = "torch.nn.GRUCell(rnn.input_size, rnn.hidden_size, rnn.bias)"
+        new = f"torch.nn.GRUCell(rnn.input_size, rnn.hidden_size, {bias})"
     else:
         new = (
-            "torch.nn.GRU(rnn.input_size, rnn.hidden_size, rnn.num_layers, rnn.bias, "
+            f"torch.nn.GRU(rnn.input_size, rnn.hidden_size, rnn.num_layers, {bias}, "
             "rnn.batch_first, rnn.dropout, rnn.bidirectional)"
         )
     return Remedy(

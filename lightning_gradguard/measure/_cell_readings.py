@@ -27,7 +27,7 @@ from lightning_gradguard.measure._recurrences import (
     Recurrence,
     Weights,
 )
-from lightning_gradguard.measure._recurrent_kinds import recurrent_kind
+from lightning_gradguard.measure._recurrent_kinds import has_biases, recurrent_kind
 from lightning_gradguard.measure._taps import feature_norms
 from lightning_gradguard.measure._way_back import _CHUNK_ELEMENTS, _REPLAY_TOLERANCE
 from lightning_gradguard.measure.decay import bin_profile, float_floor, recency, transport_decay
@@ -47,7 +47,7 @@ def cell_drafts(watch: CellWatch) -> list[Draft]:
     if not chains:
         return []
     cell = watch.module
-    reading = TimeReading(watch.name, "", "exact", recurrent_kind(cell))
+    reading = TimeReading(watch.name, "", "exact", recurrent_kind(cell), bias=has_biases(cell))
     returned_TB = _over(chains, [[_returned_norm(call) for call in chain] for chain in chains])
     input_TB = _over(chains, [[_input_norm(call) for call in chain] for chain in chains])
     timesteps, sequences = returned_TB.shape

@@ -34,3 +34,8 @@ def recurrent_kind(rnn: nn.Module) -> str:
         return "other"
     gates = rows[0] // hidden_size
     return nonlinearity if gates == 1 else _BY_GATES.get(gates, "other")
+
+
+def has_biases(rnn: nn.Module) -> bool:
+    """Whether a recurrent module was made with biases, as they all are by default."""
+    return bool(getattr(rnn, "bias", True))

@@ -24,7 +24,7 @@ from lightning_gradguard.measure._drafts import (
     stacked,
 )
 from lightning_gradguard.measure._recurrent_calls import RecurrentCall, RecurrentWatch
-from lightning_gradguard.measure._recurrent_kinds import recurrent_kind
+from lightning_gradguard.measure._recurrent_kinds import has_biases, recurrent_kind
 from lightning_gradguard.measure._taps import feature_norms
 from lightning_gradguard.measure._traced_calls import TracedCall
 from lightning_gradguard.measure.adjoint import (
@@ -52,23 +52,24 @@ _NO_INPUT_GRADIENT = "the backward pass did not compute the gradient of its inpu
 def recurrent_drafts(watch: RecurrentWatch) -> list[Draft]:
     """Readings of each layer and direction if they were captured, or else of the whole module."""
     calls = sorted(watch.calls, key=lambda call: call.number)
-    kind = recurrent_kind(watch.module)
+    rnn = watch.module
+    reading = TimeReading(watch.name, "", "input", recurrent_kind(rnn), bias=has_biases(rnn))
     if not calls:
-        stride = _stride(watch.module)
+        stride = _stride(rnn)
         note = _single_steps_in_words(watch.single_steps, stride)
-        one = TimeReading(watch.name, "", "input", kind, timesteps=stride, note=note)
-        return [Draft(one)] if watch.single_steps else []
+        return [Draft(replace(reading, timesteps=stride, note=note))] if watch.single_steps else []
     if not any(call.exact for call in calls):
-        return [_whole(watch, kind, calls, "")]
-    adjoints, why_not = _adjoints(watch.module, calls)
+        return [_whole(reading, watch, calls)]
+    adjoints, why_not = _adjoints(rnn, calls)
     if why_not:
-        return [_whole(watch, kind, calls, f"not measured exactly: {why_not}")]
-    entry_TB = stacked([_entry(call, watch.module) for call in calls])
-    parts = _parts(watch.module)
+        why_not = f"not measured exactly: {why_not}"
+        return [_whole(replace(reading, note=why_not), watch, calls)]
+    entry_TB = stacked([_entry(call, rnn) for call in calls])
+    parts = _parts(rnn)
     if len(parts) != len(adjoints[0].hidden):  # all layers in one state
         parts = [""]
     return [
-        _part(TimeReading(watch.name, part, "exact", kind), k, adjoints, entry_TB, watch.module)
+        _part(replace(reading, part=part, source="exact"), k, adjoints, entry_TB, rnn)
         for k, part in enumerate(parts)
     ]
 
@@ -160,13 +161,12 @@ def _part(
     )
 
 
-def _whole(watch: RecurrentWatch, kind: str, calls: list[RecurrentCall], note: str) -> Draft:
+def _whole(reading: TimeReading, watch: RecurrentWatch, calls: list[RecurrentCall]) -> Draft:
     """The module as a whole, from the gradient of its input."""
-    reading = TimeReading(watch.name, "", "input", kind, note=note)
     seen = [(call, call.input_norms) for call in calls if call.input_norms is not None]
     if not seen:
         longest = max(call.shape.timesteps for call in calls)
-        return Draft(replace(reading, timesteps=longest, note=note or _NO_INPUT_GRADIENT))
+        return Draft(replace(reading, timesteps=longest, note=reading.note or _NO_INPUT_GRADIENT))
     norms_TB = stacked([call.shape.per_step(norms) for call, norms in seen])
     entry_TB = stacked([_entry(call, watch.module) for call, _ in seen])
     reached_TB = reached(norms_TB + entry_TB)

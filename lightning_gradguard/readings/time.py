@@ -43,6 +43,7 @@ class TimeReading:
             ``activation_slope`` (mean) and ``spectral_radius``.
         note: Why a number is missing; empty if none is.
         step: Optimizer step of the measurement.
+        bias: Whether the module has biases, by which gates can be made to keep the state.
 
     Example:
         >>> reading = TimeReading("rnn", "l0", "exact", "tanh", timesteps=50, decay_rate=-0.2231)
@@ -67,6 +68,7 @@ class TimeReading:
     causes: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     step: int = 0
+    bias: bool = True
 
     @property
     def name(self) -> str:

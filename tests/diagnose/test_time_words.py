@@ -147,14 +147,16 @@ OWN: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
 }  # fmt: skip
 
 
-def remedies_of(kind: str, part: str, path: str, rate: float) -> tuple[Remedy, ...]:
-    source = "exact"
-    findings = diagnose(
-        run(steady(rate), stuck(), kind=kind, module=path, part=part, source=source)
-    )
+def remedies_of(
+    kind: str, part: str, path: str, rate: float, *, bias: bool = True
+) -> tuple[Remedy, ...]:
+    about = {"kind": kind, "module": path, "part": part, "source": "exact", "bias": bias}
+    findings = diagnose(run(steady(rate), stuck(), **about))
     remedies: tuple[Remedy, ...] = findings[-1].remedies
-    assert len(remedies) == 3
-    assert len(set(remedies)) == 3
+    # A start of the gates needs biases.
+    starts = rate > 0.0 or bias or kind not in ("lstm", "gru") or part.startswith("layers")
+    assert len(remedies) == (3 if starts else 2)
+    assert len(set(remedies)) == len(remedies)
     return remedies
 
 
@@ -254,6 +256,42 @@ def test_remedies_run_on_the_modules_of_this_package(name: str, path: str, rate:
     kind, part, make = OWN[name]
     for remedy in remedies_of(kind, part, path, rate):
         check_line(remedy, make(), path)
+
+
+WITHOUT_BIASES: dict[str, tuple[str, str, Callable[[], nn.Module]]] = {
+    "lstm": ("lstm", "l0", lambda: nn.LSTM(3, 8, bias=False)),
+    "gru cell": ("gru", "", lambda: nn.GRUCell(3, 8, bias=False)),
+    "tanh": ("tanh", "l0", lambda: nn.RNN(3, 8, bias=False)),
+    "tanh cell": ("tanh", "", lambda: nn.RNNCell(3, 8, bias=False)),
+    "layer norm gru": ("gru", "l0", lambda: ours.LayerNormGRU(3, 8, bias=False)),
+    "dilated lstm": ("lstm", "layers", lambda: ours.DilatedRNN(3, 8, 2, bias=False)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_BIASES)
+@pytest.mark.parametrize("rate", [-0.44, 0.12], ids=["vanishing", "exploding"])
+def test_no_line_starts_gates_by_biases_that_are_not_there(name: str, rate: float) -> None:
+    kind, part, make = WITHOUT_BIASES[name]
+    for remedy in remedies_of(kind, part, "rnn", rate, bias=False):
+        assert "biases" not in remedy.sentence
+        check_line(remedy, make(), "rnn")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("module", [nn.LSTM, nn.GRUCell, ours.LayerNormLSTM, ours.DilatedRNN])
+def test_readings_know_whether_there_are_biases(module: type[nn.Module], bias: bool) -> None:
+    model = inside("rnn", module(3, 8, bias=bias))
+    with TimestepProbe(model) as probe:
+        if module is nn.GRUCell:
+            h = torch.zeros(2, 8)
+            for x in torch.randn(5, 2, 3):
+                h = model.rnn(x, h)
+        else:
+            h = model.rnn(torch.randn(9, 2, 3))[0]
+        h.square().sum().backward()
+        readings = probe.measure()
+    assert readings
+    assert all(reading.bias is bias for reading in readings)
 
 
 def test_of_a_module_that_is_not_known_the_lines_run_as_well() -> None:
