@@ -14,7 +14,7 @@ from lightning_gradguard.callbacks.progress import ProgressState
 from lightning_gradguard.callbacks.recording import Recording
 from lightning_gradguard.callbacks.run_directory import wants_files
 from lightning_gradguard.callbacks.run_facts import run_info
-from lightning_gradguard.callbacks.step_log import StepLog, log_at_once
+from lightning_gradguard.callbacks.step_log import LayerRows, StepLog
 from lightning_gradguard.callbacks.surroundings import logged_step
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record.gallery import Gallery
@@ -47,7 +47,7 @@ class Records:
         self._keeps = events and history
         self._engines: list[GuardEngine] = []
         self._info = RunInfo()
-        self._log = StepLog(layer_depth)
+        self._log, self._rows = StepLog(layer_depth), LayerRows()
         self._progress = ProgressState()
         self._recording: Recording | None = None
         self._gallery: Gallery | None = None
@@ -73,7 +73,7 @@ class Records:
             resumed: Whether the fit goes on from a checkpoint.
         """
         self._engines = [engine for engine, _ in guarded]
-        self._log = StepLog(self.layer_depth, len(self._engines))
+        self._log, self._rows = StepLog(self.layer_depth, len(self._engines)), LayerRows()
         self._progress.attach(trainer, self._engines)
         trial_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # set late
         if not self._engines or trial_run or not trainer.is_global_zero:
@@ -97,7 +97,7 @@ class Records:
         for engine in self._engines:
             module.log_dict(self._log.metrics(engine), on_step=True, on_epoch=False)
             layers |= self._log.layers(engine)
-        log_at_once(module.trainer, layers)
+        self._rows.log(module.trainer, layers)
         if self._recording is not None:
             self._recording.logged()
         if self._gallery is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
-from lightning_gradguard.callbacks.surroundings import logged_step
+from lightning_gradguard.callbacks.surroundings import logged_axes
 from lightning_gradguard.guard import GuardEngine
 from lightning_gradguard.record.metrics import (
     MAX_LAYERS,
@@ -20,6 +22,8 @@ from lightning_gradguard.record.metrics import (
     step_metrics,
     time_metrics,
 )
+
+logger = logging.getLogger("lightning_gradguard")
 
 
 class StepLog:
@@ -36,6 +40,8 @@ class StepLog:
         self._most_layers = max(MAX_LAYERS // max(optimizers, 1), 1)
         self._most_times = max(MAX_TIMES // max(optimizers, 1), 1)
         self._depths: dict[str, int | None] = {}
+        # Steps of what was logged last.
+        self._measured: dict[str, int] = {}
         self._inspected: dict[str, int] = {}
 
     def metrics(self, engine: GuardEngine) -> dict[str, float]:
@@ -51,10 +57,13 @@ class StepLog:
         }
 
     def layers(self, engine: GuardEngine) -> dict[str, float]:
-        """What the last step of ``engine``, and a look at its layers, says of each of them."""
-        label, norms = engine.recorder.label, engine.last_norms
+        """What is known of each layer since it was logged last: norms, and a look at them."""
+        label, norms, step = engine.recorder.label, engine.last_norms, engine.last_norms_step
         if engine.recorder.last is None or norms is None or not engine.active:
             return {}
+        if step == self._measured.get(label):  # another optimizer's step
+            return {}
+        self._measured[label] = step
         if label not in self._depths:
             depth = self._asked or depth_within(norms.names, self._most_layers)
             self._depths[label] = depth
@@ -77,21 +86,38 @@ class StepLog:
         return dict(list(values.items())[: self._most_layers])
 
 
-def log_at_once(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Log many values of the step that is over, where ``log_dict`` would take too long.
+class LayerRows:
+    """Hands many values of a step to the loggers, where ``log_dict`` would take too long.
 
     That takes a quarter of a millisecond a key, more on each step of the rest of the epoch, and
     logs an old value again where there is no new one. Here they go to the loggers in one call, as
-    a row of their own, and to where other callbacks look for what is logged.
-
-    Args:
-        trainer: Its Trainer, at a step at which it logs.
-        values: By key.
+    a row of their own, and to where other callbacks look for what is logged. A logger that fails
+    is told of once and gets no more of them; nothing is raised.
     """
-    if not values:
-        return
-    tensors = {key: torch.tensor(value) for key, value in values.items()}
-    trainer.callback_metrics.update(tensors)
-    trainer.logged_metrics.update(tensors)
-    for logger in trainer.loggers:
-        logger.log_metrics({**values, "epoch": trainer.current_epoch}, step=logged_step(trainer))
+
+    def __init__(self) -> None:
+        self._failed: list[Logger] = []
+
+    def log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Log values of the step that is over.
+
+        Args:
+            trainer: Its Trainer, at a step at which it logs.
+            values: By key.
+        """
+        if not values:
+            return
+        tensors = {key: torch.tensor(value) for key, value in values.items()}
+        trainer.callback_metrics.update(tensors)
+        trainer.logged_metrics.update(tensors)
+        axes, step = logged_axes(trainer)
+        for one in trainer.loggers:
+            if not any(one is failed for failed in self._failed):
+                self._hand(one, {**axes, **values}, step)
+
+    def _hand(self, one: Logger, row: dict[str, float], step: int) -> None:
+        try:
+            one.log_metrics(row, step=step)
+        except Exception as error:  # noqa: BLE001 - no reason to leave the run unguarded
+            self._failed.append(one)
+            logger.warning("%s gets no more layers of the run: %s", type(one).__name__, error)

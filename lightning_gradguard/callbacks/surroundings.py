@@ -47,6 +47,19 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
 
 
+def logged_axes(trainer: Trainer) -> tuple[dict[str, float], int]:
+    """Where Lightning will log its own values of the step that is over.
+
+    Returns:
+        The epoch by its key, and the step. A user who logs ``step`` or ``epoch`` decides, as
+        Lightning has it.
+    """
+    own = trainer._logger_connector.metrics["log"]  # noqa: SLF001 - has no public name
+    if "step" in own:
+        return {}, int(own["step"])
+    return {"epoch": float(own.get("epoch", trainer.current_epoch))}, logged_step(trainer)
+
+
 def logs_now(trainer: Trainer) -> bool:
     """Lightning's own rule for when a value that is logged now is kept."""
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set late

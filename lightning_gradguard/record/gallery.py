@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lightning_gradguard.diagnose import Finding
 from lightning_gradguard.record.alert_channels import wandb_runs
@@ -19,7 +20,19 @@ from lightning_gradguard.respond.actions import Action
 
 logger = logging.getLogger("lightning_gradguard")
 
+# Actions of a kind that are marked one by one between two looks; further ones with the last.
+_MARKS = 20
+
 Place = TypeVar("Place")
+
+
+class _Mark(NamedTuple):
+    """An action that waits to be shown, at the step as the loggers count it."""
+
+    step: int
+    label: str
+    action: Action
+    times: int
 
 
 class Gallery:
@@ -44,8 +57,8 @@ class Gallery:
         self._step = step
         self._budget = DrawingBudget()
         self._told = False
-        # Of each kind of action the last one that waits, at its step, and how many there are.
-        self._actions: dict[tuple[str, str], tuple[int, Action, int]] = {}
+        # Of each optimizer and kind of action.
+        self._marks: dict[tuple[str, str], list[_Mark]] = {}
         self._listening: list[tuple[Recorder, Callable[[Finding | Action], None]]] = []
         # Takes no picture, but tells who would.
         self._others = self._each(list(loggers), lambda one: log_images(one, {}, 0))
@@ -101,14 +114,15 @@ class Gallery:
         """Findings are marked at once; actions wait, as there may be one in every step."""
         step = self._step()
         if isinstance(event, Action):
-            _, _, waiting = self._actions.get((label, event.kind), (0, event, 0))
-            self._actions[label, event.kind] = (step, event, waiting + 1)
+            waiting = self._marks.setdefault((label, event.kind), [])
+            more = waiting.pop().times if len(waiting) == _MARKS else 0
+            waiting.append(_Mark(step, label, event, more + 1))
         else:
             self._wandb = self._each(self._wandb, lambda w: w.event(step, event, label))
 
     def _mark(self) -> None:
-        waiting, self._actions = self._actions, {}
-        for (label, _), (step, action, times) in waiting.items():
+        waiting, self._marks = self._marks, {}
+        for step, label, action, times in sorted(chain(*waiting.values()), key=lambda m: m.step):
             mark = partial(WandbRecord.event, step=step, event=action, label=label, times=times)
             self._wandb = self._each(self._wandb, mark)
 

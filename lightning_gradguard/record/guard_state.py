@@ -9,17 +9,14 @@ from lightning_gradguard.record.history import StepRecord
 
 # Steps that a state looks back on: few enough to be the present, and enough not to flicker.
 STATE_STEPS = 10
-# An update cap opens over its first three windows of 25 steps and holds many a healthy run on the
-# way, so that only later it is worth a word.
-_SETTLED = 75
 
 
 def guard_state(rows: Sequence[StepRecord], *, protecting: bool = True) -> str:
     """The state of one optimizer, by what matters most of its last ten steps.
 
     ``"skipping"`` while one of them was dropped; ``"backing off ×0.25"`` while the learning rate is
-    reduced, with its factor; ``"clipping"`` and ``"capping"`` while most of them are, the latter
-    not in the first 75 steps, in which the cap opens; ``"ok"`` otherwise. A guard that only
+    reduced, with its factor; ``"clipping"`` and ``"capping"`` while most of them are; ``"ok"``
+    otherwise. A guard that only
     observes is ``"watching"``, or ``"not finite"`` while one of the last gradient norms is NaN or
     infinite. ``"starting"`` before the first step.
 
@@ -47,6 +44,6 @@ def guard_state(rows: Sequence[StepRecord], *, protecting: bool = True) -> str:
         return f"backing off ×{newest.lr_scale:.2g}"
     if 2 * sum(row.clip_coef < 1.0 for row in recent) > len(recent):
         return "clipping"
-    if newest.step >= _SETTLED and 2 * sum(row.capped_tensors > 0 for row in recent) > len(recent):
+    if 2 * sum(row.capped_tensors > 0 for row in recent) > len(recent):
         return "capping"
     return "ok"

@@ -70,12 +70,11 @@ def fit(callbacks, tmp_path, epochs=1, module=None, **options):
     trainer = Trainer(
         max_epochs=epochs,
         callbacks=callbacks,
-        log_every_n_steps=4,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=tmp_path,
-        **{"logger": False, **options},
+        **{"logger": False, "log_every_n_steps": 4, **options},
     )
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(STEPS, 3))))
     return module, trainer
@@ -152,6 +151,72 @@ def test_layers_reach_a_logger_in_one_call_at_the_steps_of_the_rest(tmp_path):
     assert trainer.logged_metrics["grad_norm/total_"].item() == pytest.approx(
         calls[-1][1]["grad_norm/total_"]
     )
+
+
+class Fails(KeepsCalls):
+    """Its server is away for the rows of layers."""
+
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics(metrics, step)
+        if "grad_norm/encoder.0" in metrics:
+            raise ConnectionError("no route to host")
+
+
+def test_a_logger_that_fails_leaves_guard_and_other_loggers_alone(tmp_path, caplog):
+    guard, fails, works = GradGuard(report=False), Fails(), KeepsCalls()
+    with caplog.at_level(logging.WARNING, logger="lightning_gradguard"):
+        fit([guard], tmp_path, logger=[fails, works])
+
+    assert not guard.broken
+    assert own(caplog) == ["Fails gets no more layers of the run: no route to host"]
+    calls = [
+        [step for step, row in one.calls if "grad_norm/total_" in row] for one in (fails, works)
+    ]
+    assert calls == [[3], [3, 7, 11]]
+
+
+class OwnAxis(Net):
+    """Decides what the loggers draw over, as Lightning lets a user do."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("step", float(1000 + batch_idx))
+        return super().training_step(batch, batch_idx)
+
+
+def test_layers_are_logged_at_the_step_that_the_user_has_chosen(tmp_path):
+    logger = KeepsCalls()
+    fit([GradientMonitor()], tmp_path, module=OwnAxis(), logger=logger)
+
+    for key in ("total", "encoder.0"):
+        steps = [step for step, row in logger.calls if f"grad_norm/{key}" in row]
+        assert steps[:3] == [1003, 1007, 1011]
+    assert not any("epoch" in row for _, row in logger.calls if "grad_norm/encoder.0" in row)
+
+
+class InTurns(Net):
+    """Its second optimizer steps with every fourth batch only."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        first, second = self.optimizers()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 4 == 3:
+            second.step()
+        self.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.encoder, self.total)]
+
+
+def test_what_was_measured_once_is_logged_once(tmp_path):
+    logger = KeepsCalls()
+    fit([GradientMonitor()], tmp_path, module=InTurns(), logger=logger, log_every_n_steps=1)
+
+    norms = [row[key] for _, row in logger.calls if (key := "grad_norm/optimizer1/total_") in row]
+    assert len(norms) == len(set(norms)) == STEPS // 4
 
 
 def test_log_dict_gets_no_more_keys_for_more_layers(tmp_path):
