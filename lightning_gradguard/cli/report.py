@@ -28,6 +28,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.output is not None and options.output.is_dir():
+        raise CommandError(f"--output must be a file, got the directory {options.output}")
     run = read(options.directory)
     other = None if options.compare is None else read(options.compare)
     path = options.output or _beside(run.directory or options.directory)

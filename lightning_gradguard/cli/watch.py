@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -39,7 +40,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.05 <= value <= 86400.0:
         raise argparse.ArgumentTypeError(f"must be between 0.05 and 86400 seconds, got {text}")
     return value

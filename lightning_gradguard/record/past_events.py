@@ -71,6 +71,7 @@ def _finding(event: Mapping[str, Any]) -> Finding | None:
     if event.get("event") != "finding":
         return None
     try:
+        _check(event, where=str, message=str, step=int)
         return Finding.from_dict({**event, "evidence": _numbers(event["evidence"])})
     except (KeyError, ValueError, TypeError):  # of another version
         return None
@@ -80,11 +81,20 @@ def _action(event: Mapping[str, Any]) -> Action | None:
     if event.get("event") != "action":
         return None
     try:
+        _check(event, step=int, message=str)
         kind = ActionKind(event["kind"])
-        return Action(kind, int(event["step"]), event["message"], _numbers(event["numbers"]))
+        return Action(kind, event["step"], event["message"], _numbers(event["numbers"]))
     except (KeyError, ValueError, TypeError):  # of another version
         return None
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _check(event: Mapping[str, Any], **kinds: type) -> None:
+    wrong = [name for name, kind in kinds.items() if not isinstance(event[name], kind)]
+    if wrong:
+        raise TypeError(", ".join(wrong))
+
+
+def _numbers(values: object) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(values)
     return {name: float(value) for name, value in values.items()}

@@ -23,6 +23,21 @@ STEPS, LAYERS, UPDATES, TIMESTEPS = "steps.csv", "layers.csv", "updates.csv", "t
 # Of ``run.json`` and the tables beside it.
 SCHEMA = 1
 
+_TEXTS = ("name", "model", "status", "error", "started", "updated", "process")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(_TEXTS, str),
+    "parameters": int,
+    "planned_steps": (int, type(None)),
+    **dict.fromkeys(("settings", "versions"), Mapping),
+    "optimizers": (list, tuple),
+}
+# Of an optimizer; a rate that is NaN is a string.
+_PART_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("label", "class", "mode"), str),
+    "lr": (int, float, str),
+    "counts": Mapping,
+}
+
 
 def folder_of(label: str) -> str:
     """The folder of an optimizer's tables in that of the history.
@@ -49,13 +64,29 @@ def run_info_to_dict(info: RunInfo) -> dict[str, Any]:
 def run_info_from_dict(values: Mapping[str, Any]) -> RunInfo:
     """The inverse of :func:`run_info_to_dict`; what is missing has its default.
 
+    Raises:
+        TypeError: If a value is of a kind that it cannot be.
+
     Example:
         >>> info = RunInfo("version_3", optimizers=({"label": "", "lr": 0.1},))
         >>> run_info_from_dict(run_info_to_dict(info)) == info
         True
     """
     known = {part.name: values[part.name] for part in fields(RunInfo) if part.name in values}
-    return RunInfo(**{**known, "optimizers": tuple(known.get("optimizers", ()))})
+    _check_kinds(known, _KINDS)
+    parts = known.get("optimizers", ())
+    for part in parts:
+        _check_kinds({"optimizers": part}, {"optimizers": Mapping})
+        _check_kinds(part, _PART_KINDS)
+        counts = part.get("counts", {})
+        _check_kinds(counts, dict.fromkeys(counts, int))
+    return RunInfo(**{**known, "optimizers": tuple(parts)})
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name in kinds and not isinstance(value, kinds[name]):
+            raise TypeError(f"{value!r} is no value of {name}")
 
 
 def write_info(path: Path, info: RunInfo) -> None:

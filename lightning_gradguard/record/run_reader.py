@@ -75,16 +75,19 @@ def history_folder(given: Path) -> Path:
     """The folder of the history of the run in a directory, see :func:`read_run`.
 
     Raises:
-        RunError: If there is no run.
+        RunError: If there is no run, or it cannot be looked for.
     """
-    if not given.exists():
-        raise RunError(f"{given} does not exist")
-    if not given.is_dir():
-        raise RunError(f"{given} is a file, not the directory of a run")
-    for folder in (given, given / HISTORY, given / GRADGUARD / HISTORY):
-        if (folder / INFO).is_file():
-            return folder
-    runs = _runs_below(given)
+    try:
+        if not given.exists():
+            raise RunError(f"{given} does not exist")
+        if not given.is_dir():
+            raise RunError(f"{given} is a file, not the directory of a run")
+        for folder in (given, given / HISTORY, given / GRADGUARD / HISTORY):
+            if (folder / INFO).is_file():
+                return folder
+        runs = _runs_below(given)
+    except OSError as error:
+        raise RunError(f"{given} cannot be read ({error.strerror or error})") from error
     if runs:
         named = ", ".join(str(run) for run in runs[:_NAMED])
         more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
@@ -95,11 +98,8 @@ def history_folder(given: Path) -> Path:
 def _runs_below(given: Path) -> list[Path]:
     """Log directories of the runs in a folder of runs, or of folders of runs, newest first."""
     inside = f"{GRADGUARD}/{HISTORY}/{INFO}"
-    try:
-        found = [*given.glob(f"*/{inside}"), *given.glob(f"*/*/{inside}")]
-        dated = sorted((path.stat().st_mtime, path) for path in found)
-    except OSError as error:
-        raise RunError(f"{given} cannot be read ({error.strerror or error})") from error
+    found = [*given.glob(f"*/{inside}"), *given.glob(f"*/*/{inside}")]
+    dated = sorted((path.stat().st_mtime, path) for path in found)
     return [path.parents[2] for _, path in reversed(dated)]
 
 
@@ -125,10 +125,10 @@ def read_info(folder: Path) -> RunInfo:
             f"{path} is of schema {values['schema']!r}, and this version of lightning-gradguard "
             f"reads schema {SCHEMA}"
         )
-    optimizers = values.get("optimizers", [])
-    if not (isinstance(optimizers, list) and all(isinstance(part, dict) for part in optimizers)):
-        raise RunError(f"{path} is damaged: its optimizers are no list of objects")
-    return run_info_from_dict(values)
+    try:
+        return run_info_from_dict(values)
+    except TypeError as error:
+        raise RunError(f"{path} is damaged: {error}") from error
 
 
 def events_path(folder: Path) -> Path:

@@ -78,7 +78,7 @@ def test_version(tmp_path: Path) -> None:
         (["look"], "invalid choice: 'look'"),
         (["findings", ".", "--severity", "grave"], "invalid choice: 'grave'"),
         (["watch", ".", "--every", "0"], "must be between 0.05 and 86400 seconds, got 0"),
-        (["watch", ".", "--every", "often"], "invalid"),
+        (["watch", ".", "--every", "often"], "must be between 0.05 and 86400 seconds, got often"),
     ],
 )
 def test_what_cannot_be_read_is_said(

@@ -56,6 +56,16 @@ def test_elsewhere_and_compared_with_another_run(
     assert alone.read_text(encoding="utf-8") != both.read_text(encoding="utf-8")
 
 
+def test_a_directory_to_write_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_made_up_run(tmp_path)
+
+    assert cli.main(["report", str(tmp_path), "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"gradguard: error: --output must be a file, got the directory {tmp_path}\n"
+
+
 def test_a_path_that_cannot_be_written_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,23 @@ def unknown_version(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 7}))
 
 
+def no_counts(folder: Path) -> None:
+    write_made_up_run(folder)
+    path = _info_of(folder)
+    values = json.loads(path.read_text())
+    values["optimizers"][0]["counts"] = None
+    path.write_text(json.dumps(values))
+
+
+def an_unknown_plan(folder: Path) -> None:
+    write_made_up_run(folder)
+    path = _info_of(folder)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "planned_steps": "many"}))
+
+
 WRONG = {
+    no_counts: "run.json is damaged: None is no value of counts",
+    an_unknown_plan: "run.json is damaged: 'many' is no value of planned_steps",
     nowhere: "run does not exist",
     a_file: "run is a file, not the directory of a run",
     another_directory: "run has no run in it",
@@ -101,6 +118,32 @@ def test_so_does_a_real_terminal(
 
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_sentence(done.stderr, WRONG[make])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_cannot_be_looked_at_is_said(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, str(tmp_path / ("n" * 300))]) == 2
+    assert_one_sentence(capsys.readouterr().err, "cannot be read (File name too long)")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"evidence": None}, {"where": None}, {"step": "x"}, {"message": 3}, {"numbers": [1]}],
+    ids=str,
+)
+def test_events_of_another_kind_are_left_out(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_made_up_run(tmp_path)
+    path = tmp_path / "gradguard" / "events.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("".join(json.dumps({**json.loads(line), **changes}) + "\n" for line in lines))
+
+    for command in COMMANDS:
+        assert cli.main([*command, str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_run_to_compare_with_is_looked_at_too(

@@ -135,5 +135,5 @@ def test_a_damaged_description_is_said_to_be(tmp_path: Path, optimizers: str) ->
     folder.mkdir(parents=True)
     text = f'{{"schema": 1, "optimizers": {optimizers}}}'
     (folder / "run.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RunError, match="its optimizers are no list of objects"):
+    with pytest.raises(RunError, match="is no value of optimizers"):
         read_run(tmp_path)
