@@ -12,8 +12,10 @@ class SkipLSTMState(tuple[Tensor, ...]):
     """``(h_n, c_n)`` as of :class:`torch.nn.LSTM`, with ũ of the next timestep in ``gate``.
 
     It unpacks into two tensors, so that code for ``nn.LSTM`` runs as it is. A tuple that is made of
-    them is not a state with a gate any more: the gate then begins anew, with an update. Detach the
-    state by its own method, or go on with the plain tuple ``(h_n, c_n, state.gate)``.
+    them is not a state with a gate any more, but a plain tuple, also where this class is called
+    without a gate, as by what rebuilds any nesting of tensors: the gate then begins anew, with an
+    update. Detach the state by its own method, or go on with the plain tuple
+    ``(h_n, c_n, state.gate)``.
 
     Args:
         states: h_n and c_n, ``(K, B, H)``.
@@ -29,8 +31,10 @@ class SkipLSTMState(tuple[Tensor, ...]):
 
     gate: Tensor
 
-    def __new__(cls, states: Iterable[Tensor], gate: Tensor) -> SkipLSTMState:
+    def __new__(cls, states: Iterable[Tensor], gate: Tensor | None = None) -> SkipLSTMState:
         """See the class."""
+        if gate is None:
+            return tuple(states)  # type: ignore[return-value]
         state = super().__new__(cls, states)
         state.gate = gate
         return state

@@ -108,8 +108,9 @@ def _steps(tensors: list[Tensor], axes: list[int | None]) -> int:
 def detach_state(state: State) -> State:
     """Cut the graph of a recurrent state, of any nesting of tuples, lists and dicts of tensors.
 
-    Values and structure stay, and named tuples stay what they are. ``None``, the state before the
-    first step, stays ``None``, so that a loop over chunks needs no special case.
+    Values and structure stay, and named tuples and states with a ``detach`` of their own stay what
+    they are. ``None``, the state before the first step, stays ``None``, so that a loop over chunks
+    needs no special case.
 
     Args:
         state: A tensor, a nesting of tensors, or ``None``.
@@ -129,18 +130,18 @@ def detach_state(state: State) -> State:
         >>> [tensor.requires_grad for tensor in detach_state(state)]
         [False, False]
     """
-    return cast("State", _map(Tensor.detach, state))
+    return cast("State", _detached(state))
 
 
-def _map(function: Callable[[Tensor], Tensor], state: object) -> object:
+def _detached(state: object) -> object:
     if state is None:
         return None
-    if isinstance(state, Tensor):
-        return function(state)
     if isinstance(state, dict):
-        return {key: _map(function, value) for key, value in state.items()}
+        return {key: _detached(value) for key, value in state.items()}
+    if isinstance(state, Tensor) or hasattr(state, "detach"):  # as that of a SkipLSTM
+        return state.detach()
     if isinstance(state, (tuple, list)):
-        mapped = [_map(function, value) for value in state]
+        parts = [_detached(value) for value in state]
         kind: Callable[..., object] = type(state)
-        return kind(*mapped) if hasattr(state, "_fields") else kind(mapped)
+        return kind(*parts) if hasattr(state, "_fields") else kind(parts)
     raise TypeError(f"state must be tensors in tuples, lists or dicts, or None, got {state!r}")

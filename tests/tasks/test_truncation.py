@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.memory import recursive_detach
 from torch import nn
 
+from lightning_gradguard import nn as ours
 from lightning_gradguard.tasks import CharacterCorpus, CopyMemory, bptt_chunks, detach_state
 
 
@@ -81,6 +84,40 @@ def test_detaching_keeps_structure_and_values():
         assert tensor.data_ptr() == grown.data_ptr()
     assert grown.requires_grad
     assert detach_state(None) is None
+
+
+RECURRENT = {
+    "lstm": lambda: ours.LSTM(2, 3, 2, residual=True),
+    "layer norm gru": lambda: ours.LayerNormGRU(2, 3),
+    "skip lstm": lambda: ours.SkipLSTM(2, 3, 2),
+    "skip gru": lambda: ours.SkipGRU(2, 3, 2, share_gate=False),
+    "dilated": lambda: ours.DilatedRNN(2, 3, 2),
+    "temporal skip": lambda: ours.TemporalSkipRNN(2, 3, skip=2),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_chunks_of_every_module_give_the_outputs_of_the_whole(name):
+    torch.manual_seed(0)
+    rnn, x = RECURRENT[name](), torch.randn(9, 4, 2)
+    state, outputs = None, []
+    for chunk in bptt_chunks(x, 3, time_axis=0):
+        output, state = rnn(chunk, detach_state({"rnn": state})["rnn"])
+        outputs.append(output)
+
+    torch.testing.assert_close(torch.cat(outputs), rnn(x)[0])
+    assert all(tensor.grad_fn is None for tensor in detach_state(state))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_lightning_can_take_every_state_apart(name):
+    """As it does with what a training step returns."""
+    rnn, x = RECURRENT[name](), torch.randn(5, 4, 2)
+    state = rnn(x)[1]
+    detached = recursive_detach({"state": state})["state"]
+    rnn(x, move_data_to_device(detached, "cpu"))
+    for tensor, before in zip(detached, state, strict=True):
+        assert torch.equal(tensor, before)
 
 
 @pytest.mark.parametrize(
