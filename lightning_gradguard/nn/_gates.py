@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-# Names of torch.nn.RNN, LSTM, GRU ("weight_hh_l0_reverse") and of their cells ("weight_hh").
-_RECURRENT_NAME = re.compile(r"(weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)(_l\d+(_reverse)?)?")
+# Names of torch.nn.RNN, LSTM, GRU ("weight_hh_l0_reverse") and of their cells ("weight_hh"), and
+# the second recurrent matrix of a TemporalSkipRNN.
+_RECURRENT_NAME = re.compile(
+    r"(weight_ih|weight_hh|weight_hr|weight_sh|bias_ih|bias_hh)(_l\d+(_reverse)?)?"
+)
 _GATES = {1: ("h",), 3: ("r", "z", "n"), 4: ("i", "f", "g", "o")}
 _KINDS = {1: "an Elman RNN", 3: "a GRU", 4: "an LSTM"}
 
@@ -25,6 +28,7 @@ class RecurrentLayer:
         weight_hh: From the state, shape ``(gates·H, H)``, or ``(4H, P)`` with a projection.
         biases: ``bias_ih`` and ``bias_hh``, each ``(gates·H,)``; their sum is what counts.
         weight_hr: Projection of an LSTM's state, shape ``(P, H)``, if there is one.
+        weight_sh: From the state some timesteps ago, shape ``(gates·H, H)``, if it is looked at.
     """
 
     hidden_size: int
@@ -33,6 +37,7 @@ class RecurrentLayer:
     weight_hh: Tensor
     biases: tuple[Tensor, ...]
     weight_hr: Tensor | None
+    weight_sh: Tensor | None
 
     @property
     def kind(self) -> str:
@@ -42,8 +47,8 @@ class RecurrentLayer:
     @property
     def parameters(self) -> tuple[Tensor, ...]:
         """All of them, in the order in which torch registers and draws them."""
-        projection = () if self.weight_hr is None else (self.weight_hr,)
-        return (self.weight_ih, self.weight_hh, *self.biases, *projection)
+        others = tuple(w for w in (self.weight_hr, self.weight_sh) if w is not None)
+        return (self.weight_ih, self.weight_hh, *self.biases, *others)
 
     def blocks(self, stacked: Tensor) -> dict[str, Tensor]:
         """Return the rows of each gate as views of ``stacked``."""
@@ -103,6 +108,7 @@ def _layer(
         weight_hh=weight_hh,
         biases=tuple(bias for bias in biases if bias is not None),
         weight_hr=parameters.get(f"weight_hr{suffix}"),
+        weight_sh=parameters.get(f"weight_sh{suffix}"),
     )
 
 

@@ -55,7 +55,8 @@ def orthogonal_recurrent_(
     Saxe et al. 2014, "Exact solutions to the nonlinear dynamics of learning in deep linear neural
     networks": all singular values are equal, so no direction of the state starts out fading. With a
     projection the blocks of shape (H, P) and the projection itself, (P, H), are semi-orthogonal,
-    the projection without the gain. Input weights and biases stay as they are.
+    the projection without the gain. Input weights, biases and the ``weight_sh`` of a
+    ``TemporalSkipRNN``, with which the state would grow, stay as they are.
 
     Args:
         module: Recurrent module, see above.
@@ -196,7 +197,7 @@ def _gain(nonlinearity: Nonlinearity, negative_slope: float | None) -> float:
 
 def _matrices(layer: RecurrentLayer) -> list[Tensor]:
     """The matrices of each gate, and the projection."""
-    stacked = (layer.weight_ih, layer.weight_hh)
+    stacked = [w for w in (layer.weight_ih, layer.weight_hh, layer.weight_sh) if w is not None]
     blocks = [block for weight in stacked for block in layer.blocks(weight).values()]
     return blocks if layer.weight_hr is None else [*blocks, layer.weight_hr]
 

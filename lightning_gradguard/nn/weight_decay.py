@@ -19,6 +19,7 @@ _UNDECAYED = (
     nn.Embedding,
     nn.EmbeddingBag,
 )
+_RECURRENT = ("weight_hh", "weight_sh")
 # If a parameter is shared between modules, the first of these that one of them asks for.
 _GROUPS = ("no_decay", "recurrent", "decay")
 
@@ -41,7 +42,8 @@ def weight_decay_groups(
         model: Model, with the parameters that are to be trained.
         weight_decay: Rate for matrices. Default: that of ``torch.optim.AdamW``.
         recurrent: Rate for the ``weight_hh`` of recurrent modules and cells, by the names that
-            torch gives them. Default: the same as for other matrices, in one group with them.
+            torch gives them, and the ``weight_sh`` of a ``TemporalSkipRNN``. Default: the same as
+            for other matrices, in one group with them.
 
     Returns:
         Groups with ``"params"``, ``"weight_decay"`` and ``"name"``: ``"decay"``, ``"no_decay"``,
@@ -107,4 +109,4 @@ def _group(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
     words = name.split("_")
     if parameter.ndim < 2 or "bias" in words or isinstance(owner, _UNDECAYED):
         return "no_decay"
-    return "recurrent" if recurrent_name(name) == "weight_hh" else "decay"
+    return "recurrent" if recurrent_name(name) in _RECURRENT else "decay"

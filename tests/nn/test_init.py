@@ -23,6 +23,7 @@ from lightning_gradguard.nn.init import (
     uniform_gate_,
     xavier_,
 )
+from lightning_gradguard.nn.temporal_skip import TemporalSkipRNN
 
 EVERY: dict[str, Callable[[], nn.Module]] = {
     "rnn": lambda: nn.RNN(3, 5, num_layers=2, bidirectional=True, nonlinearity="relu"),
@@ -33,6 +34,7 @@ EVERY: dict[str, Callable[[], nn.Module]] = {
     "gru cell": lambda: nn.GRUCell(3, 5),
     "lstm cell": lambda: nn.LSTMCell(3, 5),
     "unbiased": lambda: nn.GRU(3, 5, bias=False),
+    "temporal skip": lambda: TemporalSkipRNN(3, 5, 2, skip=2, cell="gru"),
 }
 LSTMS = ("lstm", "projected", "lstm cell")
 GATED = (*LSTMS, "gru", "gru cell")

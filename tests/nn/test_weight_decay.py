@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from lightning_gradguard.nn.temporal_skip import TemporalSkipRNN
 from lightning_gradguard.nn.weight_decay import weight_decay_groups
 
 
@@ -30,6 +31,7 @@ class Reader(nn.Module):
         self.convolution = nn.Conv1d(4, 4, 3)
         self.rnn = nn.LSTM(4, 5, proj_size=2, bidirectional=True)
         self.cell = nn.GRUCell(4, 5)
+        self.skips = TemporalSkipRNN(4, 5, skip=2, bias=False)
         self.norm = nn.LayerNorm((3, 4))
         self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
         self.slope = nn.PReLU()
@@ -43,6 +45,8 @@ def test_each_parameter_where_it_belongs() -> None:
         "rnn.weight_hh_l0",
         "rnn.weight_hh_l0_reverse",
         "cell.weight_hh",
+        "skips.weight_hh_l0",
+        "skips.weight_sh_l0",
     }
     assert groups["decay"] == {
         "convolution.weight",
@@ -51,6 +55,7 @@ def test_each_parameter_where_it_belongs() -> None:
         "rnn.weight_hr_l0",
         "rnn.weight_hr_l0_reverse",
         "cell.weight_ih",
+        "skips.weight_ih_l0",
         "attention.in_proj_weight",
         "attention.out_proj.weight",
         "head.weight",
