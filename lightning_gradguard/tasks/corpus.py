@@ -172,7 +172,14 @@ def _text(path: str | Path | None) -> str:
             raise FileNotFoundError(
                 f"path must be a text file, got {path!r}: there is no file '{file}'"
             )
-    return "".join(file.read_text(encoding="utf-8") for file in files)
+    return "".join(_text_in(file) for file in files)
+
+
+def _text_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path must be a text file in UTF-8, got '{file}' ({error})") from error
 
 
 def _codes(text: str) -> Tensor:

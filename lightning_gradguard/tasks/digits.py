@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import torch
@@ -213,7 +214,12 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ValueError: If the file is no such file, or not a whole one.
     """
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"path must be a whole gzip file, got '{path}' ({error})") from error
     axes = data[3] if data[:3] == bytes([0, 0, _IDX_BYTES]) and len(data) > 3 else 0
     start = 4 + 4 * axes
     shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4)]

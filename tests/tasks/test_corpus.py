@@ -147,6 +147,14 @@ def test_a_text_that_is_too_short_says_how_long_it_must_be(tmp_path, text):
         CharacterCorpus(file, 4)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "picture.png"
+    file.write_bytes(b"\x89PNG\xff" * 99)
+
+    with pytest.raises(ValueError, match=r"path must be a text file in UTF-8, got .*picture\.png"):
+        CharacterCorpus(file, 4)
+
+
 def test_bad_arguments_say_what_is_allowed(path):
     with pytest.raises(FileNotFoundError, match="path must be a text file, got 'nowhere'"):
         CharacterCorpus("nowhere")

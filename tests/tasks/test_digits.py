@@ -98,6 +98,18 @@ def test_mnist_reads_packed_files_and_a_folder_that_holds_them(tmp_path):
     assert torch.equal(images_of(SequentialMNIST(str(folder), **MNIST).split("train")), expected)
 
 
+@pytest.mark.parametrize("keep", [slice(0, 30), slice(9, None)], ids=["cut short", "no gzip"])
+def test_a_broken_packed_file_is_named(tmp_path, keep):
+    folder = write_mnist(tmp_path) / "MNIST" / "raw"
+    path = next(folder.glob("train-images*"))
+    packed = gzip.compress(path.read_bytes())
+    path.with_name(f"{path.name}.gz").write_bytes(packed[keep])
+    path.unlink()
+
+    with pytest.raises(ValueError, match=r"path must be a whole gzip file, got .*train-images"):
+        SequentialMNIST(tmp_path, **MNIST).split("train")
+
+
 def test_mnist_is_permuted_alike_in_every_split(tmp_path):
     write_mnist(tmp_path)
     plain = SequentialMNIST(tmp_path, **MNIST)
