@@ -63,9 +63,11 @@ def _run_padded(run: Run, x: Tensor, states: States, dilation: int) -> tuple[Ten
         width = min(dilation, part.size(0))
         if not width:
             continue
-        chains = part.reshape(-1, width * part.size(1), part.size(2))
+        # Sizes in full: of an empty batch none can be left to be found.
+        chains = part.reshape(part.size(0) // width, width * part.size(1), part.size(2))
         output, last = run(chains, tuple(state[:width].flatten(0, 1) for state in states))
-        outputs.append(_data(output).reshape(*part.shape[:2], -1))
+        data = _data(output)
+        outputs.append(data.reshape(*part.shape[:2], data.size(-1)))
         states = tuple(
             torch.cat((old[width:], new.reshape(width, *old.shape[1:]))) if width < dilation
             else new.reshape(old.shape)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradguard.nn._layers import Layers, State
 from lightning_gradguard.nn._scan import States, Trace, flattened
-from lightning_gradguard.nn._sequences import Input
+from lightning_gradguard.nn._sequences import Input, check_features
 from lightning_gradguard.nn.init import initialize
 
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -97,6 +98,8 @@ class FusedLayers(Layers, nn.RNNBase):
             RuntimeError: If a shape does not fit.
             ValueError: If the number of dimensions or the dtype does not fit.
         """
+        if isinstance(input, PackedSequence):  # torch's own module does not look
+            check_features(input.data, self.input_size)
         if self.runs_fused and self.recording is None:
             result: tuple[Input, State] = super(Layers, self).forward(input, hx)
         elif torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:

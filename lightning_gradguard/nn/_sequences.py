@@ -106,13 +106,18 @@ def read_input(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
         )
+    check_features(x, input_size)
+    if packed is None and x.size(0) == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return x, Layout(batch, batched, batch_first, packed)
+
+
+def check_features(x: Tensor, input_size: int) -> None:
+    """Raises RuntimeError, with torch's message, if the last dimension is not ``input_size``."""
     if x.size(-1) != input_size:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {input_size}, got {x.size(-1)}"
         )
-    if packed is None and x.size(0) == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    return x, Layout(batch, batched, batch_first, packed)
 
 
 def read_state(
@@ -129,17 +134,16 @@ def read_state(
     Raises:
         RuntimeError: If the shape is another one.
     """
-    if not layout.batched and layout.packed is None:
-        if state.dim() != 2:
-            raise RuntimeError(
-                "For unbatched 2-D input, hx and cx should also be 2-D but got "
-                f"{state.dim()}-D tensor"
-            )
-        state = state.unsqueeze(1)
-    elif state.dim() != 3:
+    alone = not layout.batched and layout.packed is None
+    dims, form = (2, "unbatched") if alone else (3, "batched")
+    if state.dim() != dims:
+        names = "hx" if label == "hidden" else "hx and cx"
         raise RuntimeError(
-            f"For batched 3-D input, hx and cx should also be 3-D but got {state.dim()}-D tensor"
+            f"For {form} {dims}-D input, {names} should also be {dims}-D but got "
+            f"{state.dim()}-D tensor of size {list(state.shape)}"
         )
+    if alone:
+        state = state.unsqueeze(1)
     if tuple(state.shape) != shape:
         raise RuntimeError(f"Expected {label} size {shape}, got {list(state.shape)}")
     return layout.sorted(state)

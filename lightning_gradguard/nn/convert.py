@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_gradguard._validation import check_type
 from lightning_gradguard.nn._gates import recurrent_layers
+from lightning_gradguard.nn.dilated import DilatedRNN
 from lightning_gradguard.nn.rnn import GRU, LSTM, RNN
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -134,13 +135,19 @@ def _share(rnn: nn.RNNBase, new: nn.Module) -> None:
             f"kind must have the gates of {old_gates}, like rnn, got {type(new).__name__}, which "
             f"has those of {new_gates}"
         )
-    own = dict(new.named_parameters(recurse=False))
+    own = dict(new.named_parameters())
     parameters = dict(rnn.named_parameters(recurse=False))
+    place = new.path_of if isinstance(new, DilatedRNN) else str
+    paths = {name: place(name) for name in parameters}
     for name, parameter in parameters.items():
-        if name not in own or own[name].shape != parameter.shape:
+        if paths[name] not in own or own[paths[name]].shape != parameter.shape:
             raise ValueError(
                 f"rnn must have only parameters that {type(new).__name__} has too, got {name} of "
                 f"shape {tuple(parameter.shape)}"
             )
     for name, parameter in parameters.items():
-        setattr(new, name, parameter)
+        owner, _, own_name = paths[name].rpartition(".")
+        setattr(new.get_submodule(owner), own_name, parameter)
+    for module in new.modules():  # laid out for kernels of all layers, it may run one by one
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()

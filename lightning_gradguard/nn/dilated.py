@@ -6,8 +6,9 @@ directions, ``H`` hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from lightning_gradguard.nn._sequences import Input, Layout, read_input, read_st
 from lightning_gradguard.nn.stack import State
 
 CellName = Literal["lstm", "gru", "rnn"]
+_OF_TORCH = re.compile(r"(weight_ih|weight_hh|bias_ih|bias_hh)_l(\d+)(_reverse)?")
 _FUSED = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
@@ -35,7 +37,8 @@ class DilatedRNN(nn.Module):
     call of their own).
 
     Constructor, shapes, ``PackedSequence``, unbatched input and return values are those of
-    :class:`torch.nn.LSTM` (:class:`torch.nn.GRU`, :class:`torch.nn.RNN`), except for the state: a
+    :class:`torch.nn.LSTM` (:class:`torch.nn.GRU`, :class:`torch.nn.RNN`), whose ``state_dict`` it
+    loads, though its own has the names of ``layers``; except for the state: a
     layer carries on its last s_l states. ``h_n`` and ``c_n`` have the shape ``(D, B, H)``, where D
     is ``sum(dilations)``, twice that if bidirectional: layer by layer, in a layer the reverse
     direction after the forward one, and for each the states after its last s_l timesteps, oldest
@@ -116,6 +119,25 @@ class DilatedRNN(nn.Module):
                 child.timesteps_per_step = dilation
                 children.append(child)
 
+    @staticmethod
+    def path_of(name: str) -> str:
+        """Where a parameter of torch's own modules is here.
+
+        Example:
+            >>> DilatedRNN.path_of("weight_hh_l2_reverse")
+            'layers_reverse.2.weight_hh_l0'
+        """
+        found = _OF_TORCH.fullmatch(name)
+        return f"layers{found[3] or ''}.{found[2]}.{found[1]}_l0" if found else name
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take names of torch's own modules too."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[prefix + self.path_of(key[len(prefix) :])] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @property
     def _directions(self) -> int:
         return 2 if self.bidirectional else 1
@@ -160,7 +182,9 @@ class DilatedRNN(nn.Module):
         for layer, dilation in enumerate(self.dilations):
             outputs = []
             for way, children in enumerate(self._ways):
-                before = tuple(state.to(x.dtype) for state in given[len(ends)])
+                before = given[len(ends)]
+                if torch.is_autocast_enabled(x.device.type):  # layers may differ in their dtype
+                    before = tuple(state.to(x.dtype) for state in before)
                 output, end = run_dilated(
                     self._run(children[layer]), x, before, batch_sizes, dilation, reverse=way == 1
                 )

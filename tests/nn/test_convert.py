@@ -15,6 +15,7 @@ from lightning_gradguard.nn.dilated import DilatedRNN
 from lightning_gradguard.nn.normalized import LayerNormGRU, LayerNormLSTM
 from lightning_gradguard.nn.rnn import GRU, LSTM, RNN
 from lightning_gradguard.nn.skip import SkipGRU, SkipLSTM
+from lightning_gradguard.nn.temporal_skip import TemporalSkipRNN
 
 I, H = 3, 4  # noqa: E741 - input
 SOURCES: dict[str, tuple[type[nn.RNNBase], type[nn.RNNBase], dict[str, Any]]] = {
@@ -76,6 +77,7 @@ def test_an_optimizer_made_before_goes_on() -> None:
         (nn.GRU(I, H, 2), SkipGRU, {}),
         (nn.GRU(I, H, 2, bias=False), GRU, {"dropout": 0.5, "residual": True}),
         (nn.RNN(I, H, 2), RNN, {"nonlinearity": "prelu", "residual": True}),
+        (nn.RNN(I, H), TemporalSkipRNN, {"skip": 2}),
         (RNN(I, H, nonlinearity="leaky_relu", negative_slope=0.1), RNN, {"nonlinearity": "relu"}),
     ],
 )
@@ -91,6 +93,32 @@ def test_another_class_with_the_same_gates(
     output = new(torch.randn(5, 2, I))[0]
     output.sum().backward()
     assert rnn.weight_hh_l0.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dilated_layers_take_the_weights_of_torchs(kind: type[nn.RNNBase]) -> None:
+    rnn = kind(I, H, 2, bidirectional=True)
+    cell = {nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn"}[kind]
+    x = torch.randn(7, 2, I)
+    undilated = from_torch(rnn, DilatedRNN, cell=cell, dilations=(1, 1))
+    torch.testing.assert_close(undilated(x)[0], rnn(x)[0])
+    assert {id(p) for p in undilated.parameters()} == {id(p) for p in rnn.parameters()}
+
+    loaded = nn.Sequential(DilatedRNN(I, H, 2, bidirectional=True, cell=cell, dilations=(1, 1)))
+    loaded.load_state_dict({f"0.{name}": value for name, value in rnn.state_dict().items()})
+    torch.testing.assert_close(loaded(x)[0], rnn(x)[0])
+    again = copy.deepcopy(loaded)
+    again.load_state_dict(loaded.state_dict())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*layers\.2\.weight_ih_l0"):
+        undilated.load_state_dict(kind(I, H, 3, bidirectional=True).state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [LSTM, DilatedRNN])
+def test_cuda_runs_shared_weights_without_compacting_them(kind: type[nn.Module]) -> None:
+    rnn = nn.LSTM(I, H, 3, bidirectional=True).cuda()
+    new = from_torch(rnn, kind, residual=True)
+    new(torch.randn(6, 2, I, device="cuda"))  # a warning is an error
 
 
 def test_what_ours_has_is_kept() -> None:
@@ -153,7 +181,6 @@ def test_place_dtype_mode_and_freezing() -> None:
             ValueError,
             r"only parameters that RNN has too, got slope_l0 of shape \(1,\)",
         ),
-        (nn.LSTM(2, 2), DilatedRNN, {}, ValueError, "only parameters that DilatedRNN has too"),
         (nn.LSTM(2, 2), None, {"hidden": 3}, TypeError, "options must be arguments of LSTM"),
         (nn.LSTM(2, 2), None, {"num_layers": 2}, ValueError, "num_layers must be left out: it is"),
         (nn.LSTM(2, 2), None, {"proj_size": 1}, ValueError, "proj_size must be left out"),

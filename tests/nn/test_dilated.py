@@ -259,7 +259,8 @@ def test_a_bad_input_gets_the_message_of_torch(shape: tuple[int, ...], dtype: to
     ("kind", "hx", "message"),
     [
         ("gru", torch.zeros(2, 2, H), r"Expected hidden size \(3, 2, 3\), got \[2, 2, 3\]"),
-        ("gru", torch.zeros(3, H), "hx and cx should also be 3-D but got 2-D"),
+        ("gru", torch.zeros(3, H), r"3-D input, hx should also be 3-D but got 2-D .* \[3, 3\]"),
+        ("gru", torch.zeros(3, 2, H).double(), "same dtype|[Dd]ouble"),
         ("lstm", torch.zeros(3, 2, H), "Expected hx to be h and c, got 1 tensors"),
         (
             "lstm",
@@ -271,6 +272,15 @@ def test_a_bad_input_gets_the_message_of_torch(shape: tuple[int, ...], dtype: to
 def test_a_bad_state_is_named(kind: str, hx: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         DilatedRNN(I, H, cell=kind, dilations=(3,))(torch.randn(4, 2, I), hx)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_may_be_empty(kind: str) -> None:
+    rnn = make(kind, (1, 3), dtype=torch.float32)
+    output, state = rnn(torch.zeros(7, 0, I))
+    assert output.shape == (7, 0, H)
+    h_n = state[0] if isinstance(state, tuple) else state
+    assert h_n.shape == (4, 0, H)
 
 
 # -- how it is used -------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from lightning_gradguard.nn import (
     LSTM,
     RNN,
     DilatedRNN,
+    LayerNormGRU,
     LayerNormLSTM,
+    SkipGRU,
     SkipLSTM,
     TemporalSkipRNN,
 )
@@ -25,7 +27,9 @@ MAKERS = {
     "residual": lambda: LSTM(3, 4, 2, residual=True),
     "prelu": lambda: RNN(3, 4, nonlinearity="prelu"),
     "normalized": lambda: LayerNormLSTM(3, 4, 2),
+    "normalized gru": lambda: LayerNormGRU(3, 4),
     "skip": lambda: SkipLSTM(3, 4, 2),
+    "skip gru": lambda: SkipGRU(3, 4),
     "dilated": lambda: DilatedRNN(3, 4, 2, cell="gru"),
     "temporal skip": lambda: TemporalSkipRNN(3, 4, skip=2),
 }

@@ -370,6 +370,14 @@ def test_the_layers_that_run_alone_are_laid_out_alone() -> None:
         assert alone.input_size == own[0].shape[1]
 
 
+@pytest.mark.parametrize("kind", [LSTM, GRU, RNN])
+@pytest.mark.parametrize("features", [1, H, I + 1])
+def test_a_packed_input_of_other_features_is_refused(kind: type[nn.Module], features: int) -> None:
+    packed = pack_sequence([torch.randn(5, features), torch.randn(3, features)])
+    with pytest.raises(RuntimeError, match=f"input_size. Expected {I}, got {features}"):
+        kind(I, H)(packed)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lstm", "gru", "tanh", "prelu"])
 def test_cuda_runs_without_compacting_the_weights_at_every_call(name: str) -> None:
