@@ -49,7 +49,8 @@ def _solved(row: Row) -> bool:
 
 
 def _saving(row: Row) -> bool:
-    return row["updates"] is not None and row["updates"] <= MOST_UPDATES
+    """By each seed."""
+    return row["most_updates"] is not None and row["most_updates"] <= MOST_UPDATES
 
 
 def _at_the_mean(row: Row) -> bool:

@@ -85,8 +85,8 @@ def _best_rate(workload: Workload, by_rate: Mapping[float, Sequence[Result]]) ->
         runs = by_rate[lr]
         return (
             len(runs),  # of an interrupted benchmark some rates have fewer seeds than others
-            sum(run.solved_at > 0 for run in runs),
-            -sum(run.solved_at or run.budget for run in runs),
+            sum(_solves(workload, run) for run in runs),
+            -sum(run.solved_at if _solves(workload, run) else run.budget for run in runs),
             sum(workload.way(run.validation) for run in runs),
         )
 
@@ -97,6 +97,7 @@ def _row(cell: Cell, lr: float, by_rate: Mapping[float, Sequence[Result]]) -> di
     runs = by_rate[lr]
     workload = workload_named(cell[0])
     updates = [run.updates for run in runs if run.updates is not None]
+    solved_at = [run.solved_at if _solves(workload, run) else 0 for run in runs]
     return {
         "task": cell[0],
         "model": cell[1],
@@ -104,17 +105,30 @@ def _row(cell: Cell, lr: float, by_rate: Mapping[float, Sequence[Result]]) -> di
         "rates": sorted(by_rate),
         "lr": lr,
         "values": [run.value for run in runs],
-        "value": _median(run.value for run in runs),
+        "value": _median_score(workload, [run.value for run in runs]),
         "progress": mean(workload.progress(run.value) for run in runs),
-        "solved": sum(run.solved_at > 0 for run in runs),
+        "solved": sum(step > 0 for step in solved_at),
         "seeds": len(runs),
-        "solved_at": [run.solved_at for run in runs],
+        "solved_at": solved_at,
         "budget": runs[0].budget,
         "seconds": mean(run.seconds for run in runs),
         "seconds_at_all_rates": sum(run.seconds for runs in by_rate.values() for run in runs),
         **{when: _span([getattr(run, when) for run in runs]) for when in WHEN},
         "updates": median(updates) if updates else None,
+        "most_updates": max(updates) if updates else None,
     }
+
+
+def _solves(workload: Workload, run: Result) -> bool:
+    """At its end: a model that skips goes on, and may lose what it had reached."""
+    return workload.solved(run.validation)
+
+
+def _median_score(workload: Workload, values: Sequence[float]) -> float:
+    """Over all runs; one that is not finite is the worst."""
+    ordered = sorted(values, key=workload.way)
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    return mean(middle)
 
 
 def _span(spans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -136,12 +150,13 @@ def _point(job: Job, result: Result) -> Point:
     workload = workload_named(job.workload)
     length = workload.timesteps
     spans = {"before": result.before, "after": result.after}
+    solved = _solves(workload, result)
     return Point(
         (job.workload, job.model),
         {when: span["horizon"] / length for when, span in spans.items()},
         round(workload.progress(result.value), 2),
-        1.0 - result.solved_at / result.budget if result.solved_at else 0.0,
-        result.solved_at > 0,
+        1.0 - result.solved_at / result.budget if solved else 0.0,
+        solved,
     )
 
 

@@ -1,7 +1,8 @@
 """Recurrent modules in which gradients live longer, and what goes with them.
 
-They are drop-in: every module takes and returns what :class:`torch.nn.LSTM` does. What happens to
-the gradient in them is measured exactly by :class:`~lightning_gradguard.measure.TimestepProbe`.
+They are drop-in: recurrent modules take and return what :class:`torch.nn.LSTM` does, but for states
+that have to hold more, which their classes describe. What happens to the gradient in them is
+measured exactly by :class:`~lightning_gradguard.measure.TimestepProbe`.
 
 Example:
     >>> import torch

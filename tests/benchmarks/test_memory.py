@@ -315,15 +315,39 @@ def test_a_run_without_a_rate_is_counted_and_left_out():
     assert row["before"]["notes"] == ["no gradient"]
 
 
+def test_a_run_that_is_not_finite_is_the_worst():
+    middle = {}
+    for values in ((0.2, math.nan, 0.1), (math.nan, 0.1, math.nan)):
+        runs = {job: result_of(v) for job, v in zip(_three_seeds(), values, strict=True)}
+        (row,) = score(runs)["rows"]
+        middle[values] = row["value"]
+    first, second = middle.values()
+    assert first == 0.2
+    assert math.isnan(second)
+
+
+def test_what_was_solved_and_lost_again_is_not_solved():
+    jobs = _three_seeds("SkipGRU")
+    lost = result_of(0.16, solved_at=400, updates=0.3, steps=2000)
+    kept = result_of(0.001, solved_at=900, updates=0.5, steps=2000)
+    (row,) = score(dict(zip(jobs, [kept, lost, kept], strict=True)))["rows"]
+    assert (row["solved"], row["solved_at"]) == (2, [900, 0, 900])
+    assert (row["updates"], row["most_updates"]) == (0.5, 0.5)
+
+
+def _three_seeds(model: str = "LSTM") -> list[Job]:
+    return [Job("adding_50", model, 3e-3, seed) for seed in range(3)]
+
+
 def test_aims_are_met_only_by_every_model_that_they_name():
     def row(task: str, model: str, **other) -> dict:
         given = {"task": task, "model": model, "value": 0.0, "solved": 3, "seeds": 3}
-        return {**given, "updates": None, **other}
+        return {**given, "most_updates": None, **other}
 
     rows = [
         row("adding_50", "LSTM", solved=2),
-        row("adding_50", "SkipGRU", updates=0.5),
-        row("adding_50", "SkipLSTM", updates=0.7),
+        row("adding_50", "SkipGRU", most_updates=0.5),
+        row("adding_50", "SkipLSTM", most_updates=0.7),
         row("adding_200", "tanh RNN", value=0.17, solved=0),
         row("order_100", "GRU", solved=0),
         row("order_100", "LSTM chrono"),
