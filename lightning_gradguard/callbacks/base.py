@@ -200,6 +200,7 @@ class EngineCallback(Results, Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.broken = False  # what went wrong in an earlier fit need not in this one
         self._start(trainer, pl_module, run_directory(trainer))
         # All ranks guard, or none does: the others would wait for the numbers of one that is off.
         if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(not self.broken):
@@ -287,6 +288,7 @@ class EngineCallback(Results, Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._schedules.release_plateaus()
         if self._before_flight and self._engines:
             self._before_flight = False
             self._run_preflight(trainer, pl_module, batch)
@@ -338,6 +340,9 @@ class EngineCallback(Results, Callback):
         loss = self._step_loss(scaler)
         self._in_step = True
         self._schedules.release(trainer, optimizer)  # its step before this one in the same batch
+        if engine.owes_hold:  # before the guard puts its scale on the schedule's rate
+            engine.settle_hold()
+            self._schedules.hold(trainer, optimizer, _steps_taken(engine))
         engine.before_step(loss, scaler=scaler)
         self._moments.tell(loss)
         if engine.needs_origin:
@@ -345,10 +350,7 @@ class EngineCallback(Results, Callback):
                 self._incidents.before_update(self._engines.index(engine))
             self._origins.look(pl_module, engine)
         if engine.dropping:
-            self._schedules.hold(trainer, optimizer)
-        elif engine.owes_hold:
-            engine.settle_hold()
-            self._schedules.hold(trainer, optimizer)
+            self._schedules.hold(trainer, optimizer, _steps_taken(engine))
         if engine.should_stop:
             trainer.should_stop = True
 
@@ -404,6 +406,7 @@ class EngineCallback(Results, Callback):
     @override
     @contained
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._schedules.release_plateaus()  # before those that count epochs take their step
         metrics = {**self._epoch.compute(), **self._epoch_time.compute()}
         if metrics:
             pl_module.log_dict(metrics, on_step=False, on_epoch=True)
@@ -524,6 +527,10 @@ class EngineCallback(Results, Callback):
             self._records.close("stopped", f"the guard is off because of an error in {where}")
         except Exception as second:  # noqa: BLE001 - the first one is told of already
             logger.warning("The rest of the history is not written: %s", second)
+
+
+def _steps_taken(engine: GuardEngine) -> int:
+    return engine.step - engine.counts["skipped_steps"]
 
 
 def _guards_on(trainer: Trainer) -> list[EngineCallback]:

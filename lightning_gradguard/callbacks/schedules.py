@@ -32,40 +32,80 @@ class _Held:
             scheduler.load_state_dict(state)
         for group, values in self.groups:
             for name, value in values.items():
-                if isinstance(value, Tensor):
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
+                _set(group, name, value)
         for scheduler in ended:
             trainer.lightning_module.lr_scheduler_step(scheduler, None)
+
+
+@dataclass(frozen=True)
+class _Plateau:
+    """Where a schedule that waits for a plateau stood.
+
+    Attributes:
+        scheduler: The schedule.
+        state: Its state.
+        rates: The parameter groups, with their learning rates.
+    """
+
+    scheduler: Any
+    state: dict[str, Any]
+    rates: list[tuple[dict[str, Any], Any]]
+
+    def put_back(self) -> None:
+        """Undo its step, if it has made one."""
+        if self.scheduler.last_epoch == self.state["last_epoch"]:
+            return
+        self.scheduler.load_state_dict(self.state)
+        for group, rate in self.rates:
+            _set(group, "lr", rate)
 
 
 class ScheduleHold:
     """Undoes the advance that Lightning makes after a step, if the step was dropped.
 
     Lightning steps its schedulers after every optimizer step and asks nobody. What they change is
-    their own state and the hyperparameters of the parameter groups, so both are put back.
+    their own state and the hyperparameters of the parameter groups, so both are put back. Those
+    that wait for a plateau it steps only once the batch is over.
     """
 
     def __init__(self) -> None:
         self._held: dict[Optimizer, _Held] = {}
+        self._plateaus: dict[Any, _Plateau] = {}
 
-    def hold(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Remember where the schedules of ``optimizer`` stand."""
+    def hold(self, trainer: Trainer, optimizer: Optimizer, steps: int) -> None:
+        """Remember where the schedules of ``optimizer`` stand.
+
+        Args:
+            trainer: The Trainer of the fit.
+            optimizer: Whose step is dropped.
+            steps: How many it has had that were not.
+        """
         by_step, by_epoch = [], []
+        automatic = trainer.lightning_module.automatic_optimization
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            # One that waits for a plateau is stepped later, when this is over.
-            if scheduler.optimizer is not optimizer or config.reduce_on_plateau:
+            if scheduler.optimizer is not optimizer:
                 continue
             state = copy.deepcopy(scheduler.state_dict())
-            if config.interval == "step":
+            counts = config.interval == "step"
+            if not automatic:  # nobody looks at the interval; one that counts epochs counts few
+                counts = counts or 2 * scheduler.last_epoch >= steps
+            if config.reduce_on_plateau and automatic:
+                if counts and scheduler not in self._plateaus:
+                    self._plateaus[scheduler] = _Plateau(scheduler, state, _rates(optimizer))
+            elif counts:
                 by_step.append((scheduler, state))
             elif "last_epoch" in state:
                 by_epoch.append((scheduler, state))
         if by_step:
             groups = [(group, _hyperparameters(group)) for group in optimizer.param_groups]
             self._held[optimizer] = _Held(by_step, by_epoch, groups)
+
+    def release_plateaus(self) -> None:
+        """The same for those that wait for a plateau, once Lightning has stepped them."""
+        waiting, self._plateaus = self._plateaus, {}
+        for held in waiting.values():
+            held.put_back()
 
     def release(self, trainer: Trainer, optimizer: Optimizer | None = None) -> None:
         """Put the schedules back to where they stood, if :meth:`hold` was called.
@@ -78,6 +118,17 @@ class ScheduleHold:
             held = self._held.pop(key, None)
             if held is not None:
                 held.put_back(trainer)
+
+
+def _set(group: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        group[name].copy_(value)
+    else:
+        group[name] = value
+
+
+def _rates(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any]]:
+    return [(group, _hyperparameters(group)["lr"]) for group in optimizer.param_groups]
 
 
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,12 +50,29 @@ class ActivationKind:
     of_input: bool = False
 
 
+# Functions and partial ones, no closures: a guard that has run can be pickled.
+def _is_up_to(_: Any, x: Tensor, *, bound: float) -> Tensor:
+    return x <= bound
+
+
 def _up_to(bound: float) -> Flat:
-    return lambda _, x: x <= bound
+    return partial(_is_up_to, bound=bound)
+
+
+def _is_beyond(_: Any, y: Tensor, *, end: float) -> Tensor:
+    return y.abs() > end
 
 
 def _beyond(end: float) -> Flat:
-    return lambda _, y: y.abs() > end
+    return partial(_is_beyond, end=end)
+
+
+def _relu6_top(_: Any, y: Tensor) -> Tensor:
+    return y >= 6.0
+
+
+def _hardsigmoid_ends(_: Any, y: Tensor) -> Tensor:
+    return (y <= 0.0) | (y >= 1.0)
 
 
 def _at_bounds(module: Any, y: Tensor) -> Tensor:
@@ -85,7 +103,7 @@ _SILU = ActivationKind("silu", inactive=_up_to(_SILU_TAIL), of_input=True)
 
 _KINDS: dict[str, ActivationKind] = {
     "ReLU": RELU,
-    "ReLU6": ActivationKind("relu6", inactive=_up_to(0.0), saturated=lambda _, y: y >= 6.0),
+    "ReLU6": ActivationKind("relu6", inactive=_up_to(0.0), saturated=_relu6_top),
     "GELU": _GELU,
     "SiLU": _SILU,
     "Mish": ActivationKind("mish", inactive=_up_to(_MISH_TAIL), of_input=True),
@@ -97,7 +115,7 @@ _KINDS: dict[str, ActivationKind] = {
     "Tanh": TANH,
     "Hardtanh": ActivationKind("hardtanh", saturated=_at_bounds),
     "Sigmoid": ActivationKind("sigmoid", saturated=_sigmoid_ends),
-    "Hardsigmoid": ActivationKind("hardsigmoid", saturated=lambda _, y: (y <= 0.0) | (y >= 1.0)),
+    "Hardsigmoid": ActivationKind("hardsigmoid", saturated=_hardsigmoid_ends),
     "Softsign": ActivationKind("softsign", saturated=_beyond(_SOFTSIGN_END)),
 }
 # Of the transformers package, whose modules compute the same under names of their own.

@@ -120,6 +120,66 @@ def test_what_is_owed_at_the_end_is_settled_by_the_run_that_goes_on(tmp_path):
     assert advances(later) == 57
 
 
+def rates_under_a_trial(fused: bool, bad_steps: tuple[int, ...], tmp_path) -> list[float]:
+    """The schedule's own rate before each step; the guard tries a lower one on a plateau."""
+
+    class Plateau(Regression):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.AdamW(p, lr=0.1, fused=fused))
+            self.rates: list[float] = []
+
+        def training_step(self, batch, batch_idx):
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1000)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    guard, model = GradGuard(report=False), Plateau()
+    quiet_trainer(tmp_path, guard).fit(model, loader(make_batches(120, poisoned=bad_steps)))
+    scales = [row.lr_scale for row in guard.history]
+    assert all(scales[step] < 1.0 for step in bad_steps), scales
+    return model.rates
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_held_back_keeps_the_rate_of_the_schedule_not_the_guards(fused, tmp_path):
+    assert set(rates_under_a_trial(fused, (80,), tmp_path)) == {0.1}
+
+
+# -- one that waits for a plateau ------------------------------------------------------------------
+
+
+class Waits(Scheduled):
+    """Its metric falls at every step that is taken."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        bad = batch_idx in self.bad_steps
+        self.log("metric", float("nan") if bad else 100.0 - self.trainer.global_step)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+        config = {"scheduler": scheduler, "interval": "step", "monitor": "metric"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+@pytest.mark.parametrize("bad_steps", [(), (2, 3, 4), (5, 6, 7)])
+def test_dropped_steps_are_no_plateau(bad_steps, tmp_path):
+    module = Waits("", bad_steps)
+    trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()))
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(STEPS, 2))))
+
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.last_epoch == STEPS - len(bad_steps)
+    assert scheduler.num_bad_epochs == 0
+    assert set(module.rates) == {0.1}
+
+
 # -- schedules beside each other -------------------------------------------------------------------
 
 
@@ -157,16 +217,17 @@ def test_an_epoch_that_ends_with_a_dropped_step_counts_all_the_same(tmp_path, ba
 class Alternating(LightningModule):
     """Two optimizers, each with a schedule, that step twice in a batch; all by hand."""
 
-    def __init__(self, bad):
+    def __init__(self, bad, interval="step"):
         super().__init__()
         self.automatic_optimization = False
+        self.interval = interval
         self.one, self.two = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         self.bad = bad
 
     def configure_optimizers(self):
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (self.one, self.two)]
         schedules = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.9) for o in optimizers]
-        return optimizers, [{"scheduler": s, "interval": "step"} for s in schedules]
+        return optimizers, [{"scheduler": s, "interval": self.interval} for s in schedules]
 
     def training_step(self, batch, batch_idx):
         pairs = zip((self.one, self.two), self.optimizers(), self.lr_schedulers(), strict=True)
@@ -185,10 +246,39 @@ class Alternating(LightningModule):
     [(), [(1, 0, 0)], [(1, 0, 1), (1, 1, 1)], [(1, 0, 0), (1, 0, 1), (2, 1, 0)]],
     ids=["none", "first", "both optimizers", "both turns"],
 )
-def test_each_step_of_a_batch_is_held_back_for_itself(tmp_path, bad):
+@pytest.mark.parametrize("interval", ["step", "epoch"])  # Lightning does not look at it here
+def test_each_step_of_a_batch_is_held_back_for_itself(tmp_path, bad, interval):
     trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()))
-    trainer.fit(Alternating(bad), DataLoader(TensorDataset(torch.randn(4, 2))))
+    trainer.fit(Alternating(bad, interval), DataLoader(TensorDataset(torch.randn(4, 2))))
     for number, optimizer in enumerate(trainer.optimizers):
         count = 8 - sum(which == number for _, which, _ in bad)
         assert trainer.lr_scheduler_configs[number].scheduler.last_epoch == count
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**count)
+
+
+class ByEpoch(LightningModule):
+    """Steps its schedule by hand, with the last batch of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = torch.nn.Linear(2, 1)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch[0]).square().mean()
+        self.manual_backward(loss * float("nan") if self.trainer.global_step == 7 else loss)
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+        if self.trainer.is_last_batch:
+            self.lr_schedulers().step()
+
+
+def test_an_epoch_that_is_counted_by_hand_counts_after_a_dropped_step(tmp_path):
+    trainer = quiet_trainer(tmp_path, guard_without(skip=SkipBadSteps()), max_epochs=3)
+    trainer.fit(ByEpoch(), DataLoader(TensorDataset(torch.randn(4, 2))))
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)

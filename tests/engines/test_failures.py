@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lightning_gradguard import GradGuard, GradientMonitor, GuardEngine
 from lightning_gradguard.callbacks import base
+from lightning_gradguard.callbacks.records import Records
 from lightning_gradguard.record import EventLog, Recorder
 from lightning_gradguard.respond import LearningRateBackoff, SkipBadSteps
 from tests.models import (
@@ -231,6 +233,31 @@ def test_a_run_whose_log_fails_stays_guarded(cannot_write: Path) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
     assert guard.counts["skipped_steps"] == 2
     assert not guard.broken
+
+
+def test_the_next_fit_is_guarded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard = GradGuard()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "log", fails)
+        trainer = quiet_trainer(tmp_path, guard, log_every_n_steps=1)
+        trainer.fit(Regression(), loader(make_batches(4)))
+    assert guard.broken
+    batches = make_batches(BATCHES, poisoned=(FAILS_AT,))
+    quiet_trainer(tmp_path, guard).fit(Regression(), loader(batches))
+    assert not guard.broken
+    assert guard.counts["skipped_steps"] == 1
+    assert len(guard.history) == BATCHES
+
+
+def test_a_guard_that_has_run_can_be_pickled(tmp_path: Path) -> None:
+    guard = GradGuard()
+    quiet_trainer(tmp_path, guard).fit(Regression(), loader(make_batches(BATCHES)))
+    again = pickle.loads(pickle.dumps(guard))
+    assert str(again.report()) == str(guard.report())
 
 
 # -- the run ends by itself -----------------------------------------------------------------------
