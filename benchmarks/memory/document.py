@@ -59,7 +59,8 @@ so that easy and hard tasks alone correlate nothing.
 Which models try a task was chosen to keep all runs within two hours, and each task has one length
 (`adding_50` and `adding_200` differ in their variant too). Not tried are `SequentialDigits`,
 `CharacterCorpus` and `SequentialMNIST`, and so none of the figures published for pixel by pixel
-MNIST, which take a GPU; `BatchNormLSTM`, residual stacks, leaky ReLU, PReLU and `TemporalAttention`.
+MNIST, which take a GPU; nor `BatchNormLSTM`, residual stacks, leaky ReLU, PReLU and
+`TemporalAttention`.
 
 This page is written by the command ({cpu}, torch {torch}, one thread a run, all runs together
 {minutes} minutes of processor time), and a test compares it with
