@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,8 @@ class WeightSnapshots:
     Args:
         model: Whose buffers are copied.
         optimizer: Whose parameters and state are copied. Its groups' settings are not.
+        trained_elsewhere: Parameters that other optimizers update: buffers of the modules that have
+            no others are not copied, as they go with weights that stay. Default none.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -75,9 +77,15 @@ class WeightSnapshots:
         (True, 0)
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        trained_elsewhere: Collection[nn.Parameter] = (),
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._elsewhere = {id(parameter) for parameter in trained_elsewhere}
         self._confirmed: _Snapshot | None = None
         self._candidate: _Snapshot | None = None
         self._spare: _Snapshot | None = None
@@ -202,7 +210,20 @@ class WeightSnapshots:
         """Path of the module, name and value of every buffer, each once."""
         seen: set[Tensor] = set()
         for path, module in self._model.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
+            own = dict(module.named_buffers(recurse=False))
+            if own and self._is_elsewhere(path):
+                continue
+            for name, buffer in own.items():
                 if buffer not in seen and is_writable(buffer):
                     seen.add(buffer)
                     yield path, name, buffer
+
+    def _is_elsewhere(self, path: str) -> bool:
+        """Whether others train the module, or if it has no parameters the one around it."""
+        if not self._elsewhere:
+            return False
+        while True:
+            owned = [id(parameter) for parameter in self._model.get_submodule(path).parameters()]
+            if owned or not path:
+                return bool(owned) and self._elsewhere.issuperset(owned)
+            path = path.rpartition(".")[0]

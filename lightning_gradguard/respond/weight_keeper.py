@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ class WeightKeeper:
         model: Whose buffers are copied.
         optimizer: Whose parameters and state are copied.
         settings: How much memory the copies may take.
+        trained_elsewhere: Parameters that other optimizers update.
         alone: Whether this is the only process. Several have to go on alike, so where one of them
             cannot copy its weights that is an error.
         silent: Do not say that nothing is copied (for all ranks but one).
@@ -32,6 +34,7 @@ class WeightKeeper:
         optimizer: Optimizer,
         settings: WeightRollback,
         *,
+        trained_elsewhere: Collection[nn.Parameter] = (),
         alone: bool,
         silent: bool,
     ) -> None:
@@ -39,7 +42,9 @@ class WeightKeeper:
         self._max_bytes = settings.max_bytes
         self._alone = alone
         self._silent = silent
-        self._snapshots: WeightSnapshots | None = WeightSnapshots(model, optimizer)
+        self._snapshots: WeightSnapshots | None = WeightSnapshots(
+            model, optimizer, trained_elsewhere
+        )
         self._unread = False
         self._judges: bool | None = None  # not known before the first copy
 
@@ -58,25 +63,30 @@ class WeightKeeper:
         """Step of the copy to go back to; ``None`` if there is none."""
         return self._snapshots.step if self._snapshots is not None else None
 
-    def take(self, step: int) -> None:
-        """Copy the weights as they are before the update of ``step``."""
+    def take(self, step: int) -> bool:
+        """Copy the weights as they are before the update of ``step``.
+
+        Returns:
+            Whether weights are still copied.
+        """
         if self._snapshots is None:
-            return
+            return False
         needed = self._snapshots.bytes_of_two
         if needed > self._max_bytes:
             self._leave_out(
                 f"two copies of weights and optimizer state take {needed / 2**20:,.0f} MiB, and "
                 f"max_bytes allows {self._max_bytes / 2**20:,.0f} MiB"
             )
-            return
+            return False
         try:
             self._snapshots.take(step)
         except Exception as error:
             if not self._alone:
                 raise
             self._leave_out(f"weights cannot be copied ({type(error).__name__}: {error})")
-        else:
-            self._unread = True
+            return False
+        self._unread = True
+        return True
 
     def _leave_out(self, reason: str) -> None:
         self._snapshots = None

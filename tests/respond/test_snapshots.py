@@ -521,3 +521,34 @@ def test_the_keeper_takes_a_flipped_bit_for_damage_when_it_looks() -> None:
     flip_exponent(layer.weight)
     assert not keeper.finds_damage(1, look=False)
     assert keeper.finds_damage(1, look=True)
+
+
+class Game(nn.Module):
+    """Two nets with buffers of their own, and one between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 1))
+        self.two = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+        self.register_buffer("turns", torch.zeros(()))
+
+    def play(self) -> None:
+        self.one(torch.randn(8, 3))
+        self.two(torch.randn(8, 3))
+        self.turns += 1
+
+
+def test_buffers_of_nets_that_others_train_stay() -> None:
+    game = Game()
+    optimizer = torch.optim.SGD(game.one.parameters(), lr=0.1)
+    snapshots = WeightSnapshots(game, optimizer, list(game.two.parameters()))
+    game.play()
+    snapshots.take(0)
+    before = {name: buffer.clone() for name, buffer in game.named_buffers()}
+    game.play()
+    after = {name: buffer.clone() for name, buffer in game.named_buffers()}
+    snapshots.restore()
+    now = dict(game.named_buffers())
+    for name, buffer in now.items():
+        assert torch.equal(buffer, (after if name.startswith("two") else before)[name]), name
+    assert now["turns"] == 1
