@@ -58,7 +58,7 @@ from lightning_gradguard.respond.weight_keeper import WeightKeeper
 from lightning_gradguard.samplers import Samplers
 from lightning_gradguard.sampling import EXACT_EVERY_N_STEPS, TimeModules
 from lightning_gradguard.steps import Step
-from lightning_gradguard.watched import WatchedParameters
+from lightning_gradguard.watched import WatchedParameters, loss_sign
 
 logger = logging.getLogger("lightning_gradguard")
 
@@ -200,8 +200,12 @@ class GuardEngine(EngineResults):
         self._agreement = Agreement(
             enabled=protecting or self._sharded, delay=DEVICE_DELAY if self._fused else 0
         )
-        ladder = Ladder(LadderSettings(clip, cap, skip, backoff, rollback)) if protecting else None
-        self._pipeline = Pipeline(ladder, thresholds, self.recorder)
+        rungs = LadderSettings(clip, cap, skip, backoff, rollback) if protecting else None
+        self._pipeline = Pipeline(
+            None if rungs is None else Ladder(rungs, in_a_game=optimizers > 1),
+            thresholds,
+            self.recorder,
+        )
         self._planned_steps, self._precision, self._optimizers = (
             planned_steps,
             precision,
@@ -216,7 +220,7 @@ class GuardEngine(EngineResults):
             delay=DEVICE_DELAY if self._fused else 0,
             silent=self.recorder.silent,
         )
-        self._keeper = self._make_keeper(rollback) if protecting else None
+        self._keeper = self._make_keeper(rollback, trained_elsewhere) if protecting else None
         # Found by this rank and unknown to the others; whether weights were just put back.
         self._broken, self._put_back_now, self._owed_holds = False, False, 0
         self._vanishing = VanishingResponse(
@@ -359,6 +363,7 @@ class GuardEngine(EngineResults):
             left_to_scaler=scaler is not None,
         )
         self.step += 1
+        self._pipeline.tensors = self._watched.movable
         self._current = step = Step(outcome, lambda: norms.parameters, self._watched.bound, seen)
         step.clipper, step.clip_size = clipper, 0 if clipper is None else clipper.size
         signal = self._watched.bound.signal(norms) if self._watched.bound is not None else None
@@ -480,11 +485,20 @@ class GuardEngine(EngineResults):
 
     # -- earlier weights -------------------------------------------------------------------------
 
-    def _make_keeper(self, rollback: WeightRollback | None) -> WeightKeeper | None:
+    def _make_keeper(
+        self, rollback: WeightRollback | None, trained_elsewhere: Collection[nn.Parameter]
+    ) -> WeightKeeper | None:
         if rollback is None:
             return None
         alone, silent = self._agreement.alone, self.recorder.silent
-        return WeightKeeper(self._model, self._optimizer, rollback, alone=alone, silent=silent)
+        return WeightKeeper(
+            self._model,
+            self._optimizer,
+            rollback,
+            trained_elsewhere=trained_elsewhere,
+            alone=alone,
+            silent=silent,
+        )
 
     def _copy_weights(self, keeper: WeightKeeper, step: Step) -> None:
         """Before the update, if a copy is due and the step is not known to be a bad one."""
@@ -496,7 +510,9 @@ class GuardEngine(EngineResults):
         if newest is not None and number - newest <= self._agreement.lag:
             return  # or a rank that holds a bad copy would keep others than the rest
         if keeper.active and self._pipeline.copy_due(number, newest):
-            keeper.take(number)
+            kept = keeper.take(number)
+            if not kept and self._pipeline.ladder is not None:
+                self._pipeline.ladder.lose_copies()
 
     def _look_at_weights(self, keeper: WeightKeeper, outcome: Outcome) -> Outcome:
         """Say with the outcome whether weights were found to be broken.
@@ -546,7 +562,7 @@ class GuardEngine(EngineResults):
             self._pipeline.ladder.follow_parameters(
                 self._watched.segments, compounding=self._watched.compounding
             )
-        self._pipeline.tensors = len(self._watched.meter.parameters)
+        self._pipeline.loss_sign = loss_sign(self._optimizer)
         self._vanishing.follow(self._watched.meter.names, self._watched.meter.parameters)
         self._pipeline.model = replace(
             model_facts(self._model, self._optimizer),

@@ -104,7 +104,8 @@ class Pipeline:
         recorder: Where everything is recorded.
 
     Attributes:
-        tensors: How many tensors the optimizer updates.
+        tensors: How many tensors the step under way can move.
+        loss_sign: -1 if the optimizer maximizes, 0 if only some of its groups do.
         model: What is known about the model, by which remedies are chosen.
         restorable: Step to which weights can be put back; ``None`` if to none.
         wants_exact: Whether an exact measurement through time would help to explain what goes on.
@@ -119,6 +120,7 @@ class Pipeline:
         self.ladder = ladder
         self.recorder = recorder
         self.tensors = 1
+        self.loss_sign = 1
         self.model = ModelFacts()
         self.restorable: int | None = None
         self.wants_exact = False
@@ -204,7 +206,7 @@ class Pipeline:
     ) -> list[Finding]:
         observation = Observation(
             step=outcome.number,
-            loss=outcome.loss,
+            loss=self._to_fall(outcome.loss),
             total_norm=outcome.total_norm,
             norms=norms() if norms else None,
             time=seen.time,
@@ -229,9 +231,9 @@ class Pipeline:
         actions = self.ladder.observe(
             outcome.number,
             total_norm=outcome.total_norm,
-            loss=outcome.loss,
+            loss=self._to_fall(outcome.loss),
             skipped=dropped,
-            large_share=outcome.large / max(self.tensors, 1),
+            large_share=min(outcome.large / max(self.tensors, 1), 1.0),
             findings=findings,
             weights_broken=outcome.weights_broken,
             restorable=self.restorable,
@@ -240,6 +242,10 @@ class Pipeline:
         for action in actions:
             self._counts["rollbacks"] += action.kind is ActionKind.ROLL_BACK
             self.recorder.action(action)
+
+    def _to_fall(self, loss: float | None) -> float | None:
+        """What training is to make smaller; not known where groups differ."""
+        return None if loss is None or self.loss_sign == 0 else self.loss_sign * loss
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values from which :meth:`load_state_dict` continues."""

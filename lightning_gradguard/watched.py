@@ -18,6 +18,12 @@ from lightning_gradguard.respond.update_bounds import UpdateBound, make_bound
 logger = logging.getLogger("lightning_gradguard")
 
 
+def loss_sign(optimizer: Optimizer) -> int:
+    """1 if the optimizer makes the loss smaller, -1 if larger, 0 if its groups differ."""
+    signs = {-1 if group.get("maximize") else 1 for group in optimizer.param_groups}
+    return signs.pop() if len(signs) == 1 else 0
+
+
 class WatchedParameters:
     """The parameters of an optimizer as they are now; groups can be added at any time.
 
@@ -50,6 +56,9 @@ class WatchedParameters:
         names = {id(p): name for name, p in model.named_parameters()}
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         self._count = len(owned)
+        self._trainable = [
+            sum(p.requires_grad for p in group["params"]) for group in optimizer.param_groups
+        ]
         self.meter = NormMeter((names.get(id(p), f"parameter_{i}"), p) for i, p in enumerate(owned))
         parameters = self.meter.parameters
         device = parameters[0].device if parameters else torch.device("cpu")
@@ -85,6 +94,14 @@ class WatchedParameters:
             self.bound = self._make_bound(self._cap)
         if self.clipper is not None:
             self.clipper.renew()
+
+    @property
+    def movable(self) -> int:
+        """How many of them a step can move: those that are trained, at a rate above 0."""
+        groups = self._optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        moving = [isinstance(rate, Tensor) or rate > 0.0 for rate in rates]
+        return sum(count for count, moves in zip(self._trainable, moving, strict=False) if moves)
 
     @property
     def compounding(self) -> bool:

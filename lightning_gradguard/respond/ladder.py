@@ -101,13 +101,19 @@ class LadderSettings:
 class Ladder:
     """Bounds of the next step from norms, losses, findings and what was done so far.
 
+    Args:
+        settings: The rungs that are in use.
+        in_a_game: Whether other optimizers change what the loss is, so that a loss that rises is no
+            evidence against a run that is trusted. Default ``False``.
+
     Attributes:
         should_stop: Whether there is nothing left to try.
         puts_back: Whether weights are to be put back to their copy after the step observed last.
     """
 
-    def __init__(self, settings: LadderSettings) -> None:
+    def __init__(self, settings: LadderSettings, *, in_a_game: bool = False) -> None:
         self.settings = settings
+        self._in_a_game = in_a_game
         self.baseline = RobustBaseline()
         self.clip = make_thresholds(settings.clip, self.baseline)
         self.budget = SkipBudget(settings.skip) if settings.skip else None
@@ -136,7 +142,7 @@ class Ladder:
         scale = self.followed.follow(rates)
         if scale == 1.0 or before < 1.0:
             return []
-        return [announcements.followed(step, rates[0], scale, self.followed.steps_left)]
+        return [announcements.followed(step, max(rates), scale, self.followed.steps_left)]
 
     def follow_parameters(self, segments: ClipSegments, *, compounding: bool) -> None:
         """Take in the parameters that are bounded from now on.
@@ -150,6 +156,11 @@ class Ladder:
             self.clip.follow(segments)
         if self.schedule is not None and compounding:
             self.schedule.stop_trusting()
+
+    def lose_copies(self) -> None:
+        """There are no weights to go back to any more, nor will there be."""
+        if self.schedule is not None:
+            self.schedule.lose_copies()
 
     def plan(self) -> StepPlan:
         """The bounds of the next step."""
@@ -298,6 +309,8 @@ class Ladder:
         large_share: float,
         restorable: int | None,
     ) -> list[Action]:
+        if self._in_a_game and schedule.trusting:
+            return []
         if step == 0 and restorable is None:
             schedule.stop_trusting()
         change = schedule.advance(loss, large_share)

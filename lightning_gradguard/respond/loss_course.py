@@ -14,7 +14,8 @@ from statistics import median
 _MEDIAN_ERROR = 1.2533
 _MAD_TO_SCALE = 1.4826
 # Shares of the first loss by which later ones have to exceed it: the median of five, or two in a
-# row. A single bad batch says nothing, and some healthy runs leap once and are far below at once.
+# row, one of them finite. A single bad batch says nothing, nor do two that hold NaN, and some
+# healthy runs leap once and are far below at once.
 _OVERSHOOT, _LEAP = 0.07, 3.0
 # Losses whose median is compared, and how many standard errors it has to rise by. The lowest of up
 # to nine medians is 1.5 of them low by chance.
@@ -47,16 +48,22 @@ def overshoots(losses: Sequence[float]) -> bool:
     """Whether the last losses are above the first one, which is that of untrained weights.
 
     The size of the first loss is all there is to compare with: a run that explodes leaves no
-    time to learn how noisy it is.
+    time to learn how noisy it is. Losses that go below zero have no such size: two in a row have to
+    leap out of all that there were, five at least.
 
     Example:
         >>> overshoots([2.3, 2.5, 2.6, 2.2]), overshoots([2.3, 2.5, 2.6, 2.2, 2.7, 2.6])
         (False, True)
     """
     first, later = losses[0], losses[1:]
-    if len(later) > 1 and min(later[-2:]) - first > _LEAP * abs(first):
+    if min(losses) < 0.0:
+        known = losses[:-2]
+        if len(known) < _BLOCK:
+            return False
+        return min(losses[-2:]) - max(known) > _LEAP * (max(known) - min(known))
+    if len(later) > 1 and _LEAP * first < min(later[-2:]) - first < math.inf:
         return True
-    return len(later) >= _BLOCK and median(later[-_BLOCK:]) - first > _OVERSHOOT * abs(first)
+    return len(later) >= _BLOCK and median(later[-_BLOCK:]) - first > _OVERSHOOT * first
 
 
 def rises(losses: Sequence[float]) -> bool:

@@ -71,12 +71,11 @@ class RatioSchedule:
 
     def __init__(self, settings: UpdateCap, *, trusting: bool = False) -> None:
         self.settings = settings
-        self.trusting = trusting and settings.adaptive and settings.on_evidence
+        self._may_trust = trusting and settings.on_evidence
+        self.trusting = self._may_trust
         self.asks_back = False
         self.trial: Trial | None = None
-        self._share = settings.first_ratio if settings.adaptive else settings.max_ratio
-        if self.trusting:
-            self._share = 1.0
+        self._share = 1.0 if self.trusting else self._first_share
         self._suspect = False  # whether updates were large while it was trusted
         self._watched = 0  # steps of which that was so
         self._before: list[float] = []
@@ -146,8 +145,21 @@ class RatioSchedule:
             return
         self.trusting, self._suspect = False, False
         self.trial, self._unchanged, self._patience = None, 0, 1
-        self._share, self._opening = self.settings.first_ratio, True
+        self._share, self._opening = self._first_share, True
         self._start_window([])
+
+    def lose_copies(self) -> None:
+        """There are no weights to go back to any more: trust only what has shown itself by now."""
+        if self._watched <= self._probation:
+            self.stop_trusting()
+
+    @property
+    def _first_share(self) -> float:
+        return self.settings.first_ratio if self.settings.adaptive else self.settings.max_ratio
+
+    @property
+    def _probation(self) -> int:
+        return self._PROBATION_WINDOWS * self.settings.window
 
     @property
     def _window(self) -> int:
@@ -165,8 +177,7 @@ class RatioSchedule:
     @property
     def _on_probation(self) -> bool:
         """Whether these are the first steps with large updates of a run that is trusted."""
-        most = self._PROBATION_WINDOWS * self.settings.window
-        return self.trusting and self._has_been_large and self._watched <= most
+        return self.trusting and self._has_been_large and self._watched <= self._probation
 
     def _start_window(self, before: list[float]) -> None:
         self._before, self._now, self._large = before, [], 0.0
@@ -251,7 +262,7 @@ class RatioSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state, within what the settings allow now."""
         self.trusting = bool(state["trusting"])
         self._share = float(state["share"])
         self._suspect = bool(state["suspect"])
@@ -264,3 +275,10 @@ class RatioSchedule:
         self._opening = bool(state["opening"])
         self._patience = int(state["patience"])
         self._unchanged = int(state["unchanged"])
+        if not self._may_trust:
+            self.stop_trusting()
+        if not self.settings.adaptive:
+            self._share = self.settings.max_ratio
+        elif not self.trusting:
+            most = max(self._share, self.settings.least_ratio)
+            self._share = min(most, self.settings.widest_ratio)

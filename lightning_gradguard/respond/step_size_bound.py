@@ -130,15 +130,22 @@ class StepSizeBound(ShrinkingBound):
         )
 
     def _makes_large_steps(self, rates: Sequence[float]) -> bool:
-        return self._count_large(rates) > len(self._potentials) // 2
+        return self._count_large(rates) > self._movable(rates) // 2
+
+    def _movable(self, rates: Sequence[float]) -> int:
+        return sum(
+            rates[group] > 0.0 and parameter.requires_grad
+            for group, parameter in zip(self._group_of, self._parameters, strict=True)
+        )
 
     def _count_large(self, rates: Sequence[float]) -> int:
         """How many tensors' steps are large at these rates."""
         if all(r * peak <= self._large_ratio for r, peak in zip(rates, self._peaks, strict=True)):
             return 0
+        measured = zip(self._group_of, self._potentials, self._parameters, strict=True)
         return sum(
-            rates[group] * potential > self._large_ratio
-            for group, potential in zip(self._group_of, self._potentials, strict=True)
+            rates[group] * potential > self._large_ratio and parameter.requires_grad
+            for group, potential, parameter in measured
         )
 
     def after_step(self) -> int | Tensor:

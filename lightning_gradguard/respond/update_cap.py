@@ -87,6 +87,10 @@ class UpdateCap:
         check_number("relu_recurrence", self.relu_recurrence, above=0.0, at_most=1.0)
         check_type("adaptive", self.adaptive, bool, "True or False")
         check_type("on_evidence", self.on_evidence, bool, "True or False")
+        if self.on_evidence and not self.adaptive:
+            raise ValueError(
+                "on_evidence must be False with adaptive=False: what the loss does is the evidence"
+            )
         check_number("window", self.window, at_least=2, integer=True)
         check_number("opening", self.opening, above=1.0)
         check_number("tighten", self.tighten, above=0.0, below=1.0)

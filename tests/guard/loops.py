@@ -23,11 +23,18 @@ class Loop:
 
     Args:
         make_optimizer: Makes the optimizer.
+        model: Default: a :class:`Regression`.
         arguments: For the engine.
     """
 
-    def __init__(self, make_optimizer: Callable[..., Optimizer] = adamw, **arguments: Any) -> None:
-        self.model = Regression(make_optimizer)
+    def __init__(
+        self,
+        make_optimizer: Callable[..., Optimizer] = adamw,
+        *,
+        model: Regression | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.model = Regression(make_optimizer) if model is None else model
         self.optimizer: Optimizer = self.model.configure_optimizers()
         self.guard = GuardEngine(self.model, self.optimizer, **arguments)
 

@@ -35,6 +35,8 @@ RUNGS: dict[str, Any] = {
     "rollback": ROLLBACK,
     "boost": LayerBoost(),
 }
+# As a user's own holds, and as that of the guard does.
+CAPS = st.sampled_from([UpdateCap(window=4), UpdateCap(window=4, on_evidence=True)])
 # Steps in a row that are not finite between two looks at the weights, and until one is known of.
 LOOK = 8
 
@@ -78,20 +80,23 @@ def check_bounds(loop: Loop) -> None:
     """No budget is overspent, and the run is asked to stop once."""
     kinds = [action.kind for action in loop.guard.actions]
     assert loop.guard.active
-    assert loop.guard.counts["rollbacks"] <= ROLLBACK.max_rollbacks
+    ladder: Any = loop.guard._pipeline.ladder
+    # A cap on evidence begins to hold by going back once more.
+    assert (
+        loop.guard.counts["rollbacks"] <= ROLLBACK.max_rollbacks + ladder.settings.cap.on_evidence
+    )
     assert kinds.count(ActionKind.STOP) == loop.guard.should_stop
     assert not any(row.capped_tensors for row in loop.guard.history if row.skipped)
-    ladder: Any = loop.guard._pipeline.ladder
     assert BACKOFF.min_scale <= ladder.rate.scale <= 1.0
 
 
 @pytest.mark.parametrize("name", ALL_MAKERS)
-@given(plan=plans(FAULTS))
-@settings(max_examples=15, deadline=None)
+@given(plan=plans(FAULTS), cap=CAPS)
+@settings(max_examples=20, deadline=None)
 def test_no_step_ever_leaves_weights_that_are_not_finite(
-    name: str, plan: list[tuple[str, int]]
+    name: str, plan: list[tuple[str, int]], cap: UpdateCap
 ) -> None:
-    loop = Loop(ALL_MAKERS[name], **RUNGS)
+    loop = Loop(ALL_MAKERS[name], **{**RUNGS, "cap": cap})
     for batch, fault in zip(make_batches(60), spread([("none", 3), *plan]), strict=False):
         faulty_step(loop, batch, fault)
         assert is_finite(loop), fault
@@ -101,12 +106,12 @@ def test_no_step_ever_leaves_weights_that_are_not_finite(
 
 
 @pytest.mark.parametrize("name", ALL_MAKERS)
-@given(plan=plans((*FAULTS, *DAMAGE)))
-@settings(max_examples=15, deadline=None)
+@given(plan=plans((*FAULTS, *DAMAGE)), cap=CAPS)
+@settings(max_examples=20, deadline=None)
 def test_weights_that_are_broken_from_outside_are_whole_again_soon(
-    name: str, plan: list[tuple[str, int]]
+    name: str, plan: list[tuple[str, int]], cap: UpdateCap
 ) -> None:
-    loop = Loop(ALL_MAKERS[name], **RUNGS)
+    loop = Loop(ALL_MAKERS[name], **{**RUNGS, "cap": cap})
     broken = 0
     for batch, fault in zip(make_batches(60), spread([("none", 3), *plan]), strict=False):
         faulty_step(loop, batch, fault)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ SETTINGS = LadderSettings(
     SkipBadSteps(max_consecutive=5),
     LearningRateBackoff(cooldown_steps=3, recovery_steps=3),
 )
+# As that of the guard, which trusts a run until its loss rises.
+TRUSTING = replace(SETTINGS, cap=UpdateCap(window=4, on_evidence=True))
+BOTH = st.sampled_from([SETTINGS, TRUSTING])
 FLOAT = st.floats(allow_nan=True, allow_infinity=True)
 NORM = st.one_of(FLOAT.map(abs), st.floats(0.1, 10.0), st.floats(1e300, 1e308), st.just(0.0))
 
@@ -51,42 +55,56 @@ STEPS = st.lists(st.tuples(STEP, st.integers(1, 20)), max_size=12).map(
 )
 
 
-def feed(ladder: Ladder, steps: list[dict[str, Any]], first: int = 0) -> list[Any]:
+def feed(
+    ladder: Ladder,
+    steps: list[dict[str, Any]],
+    first: int = 0,
+    restorable: int | None = None,
+) -> list[Any]:
     """Plans and actions; a step is dropped when its plan says so."""
     seen = []
     for number, step in enumerate(steps, first):
         plan = ladder.plan()
-        actions = ladder.observe(number, skipped=plan.skips(step["total_norm"]), **step)
+        skipped = plan.skips(step["total_norm"])
+        actions = ladder.observe(number, skipped=skipped, restorable=restorable, **step)
         seen.append((plan, [a.to_dict() for a in actions]))
     return seen
 
 
-@given(steps=STEPS)
-def test_it_takes_anything_and_its_bounds_are_usable(steps: list[dict[str, Any]]) -> None:
-    for plan, actions in feed(Ladder(SETTINGS), steps):
+@given(steps=STEPS, chosen=BOTH)
+def test_it_takes_anything_and_its_bounds_are_usable(
+    steps: list[dict[str, Any]], chosen: LadderSettings
+) -> None:
+    for plan, actions in feed(Ladder(chosen), steps, restorable=0):
         assert plan.clip_threshold > 0.0
         assert plan.skip_limit >= plan.clip_threshold
-        assert 0.0 < plan.max_ratio < math.inf
+        assert plan.max_ratio > 0.0
+        assert plan.max_ratio < math.inf or chosen is TRUSTING
         assert 0.0 < plan.lr_scale <= 1.0
         assert plan.may_skip
         assert all(action["message"] for action in actions)
 
 
-@given(steps=STEPS)
+@given(steps=STEPS, chosen=BOTH, restorable=st.sampled_from([None, 0]))
 @settings(max_examples=20)
-def test_it_decides_from_nothing_else(steps: list[dict[str, Any]]) -> None:
-    assert repr(feed(Ladder(SETTINGS), steps)) == repr(feed(Ladder(SETTINGS), steps))
+def test_it_decides_from_nothing_else(
+    steps: list[dict[str, Any]], chosen: LadderSettings, restorable: int | None
+) -> None:
+    first, second = (feed(Ladder(chosen), steps, restorable=restorable) for _ in range(2))
+    assert repr(first) == repr(second)
 
 
-@given(steps=STEPS, at=st.integers(0, 100))
+@given(steps=STEPS, at=st.integers(0, 100), chosen=BOTH, restorable=st.sampled_from([None, 0]))
 @settings(max_examples=20)
-def test_state_round_trip(steps: list[dict[str, Any]], at: int) -> None:
-    first, second = Ladder(SETTINGS), Ladder(SETTINGS)
-    seen = feed(first, steps[:at])
+def test_state_round_trip(
+    steps: list[dict[str, Any]], at: int, chosen: LadderSettings, restorable: int | None
+) -> None:
+    first, second = Ladder(chosen), Ladder(chosen)
+    seen = feed(first, steps[:at], restorable=restorable)
     assume(not first.should_stop)
     second.load_state_dict(first.state_dict())
-    seen += feed(second, steps[at:], first=at)
-    assert repr(seen) == repr(feed(Ladder(SETTINGS), steps))
+    seen += feed(second, steps[at:], first=at, restorable=restorable)
+    assert repr(seen) == repr(feed(Ladder(chosen), steps, restorable=restorable))
 
 
 def test_a_stopped_run_that_is_resumed_has_its_budget_again() -> None:

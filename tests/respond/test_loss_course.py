@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from lightning_gradguard.respond.loss_course import improved, overshoots, rises
 # Halves of whole numbers: sums and differences are exact, and so are products with powers of two.
 LOSSES = st.lists(st.integers(-200, 200).map(lambda n: n / 2), min_size=1, max_size=60)
 QUESTIONS = [overshoots, rises]
+LEVEL = [2.3, 2.4, 2.3, 2.2, 2.4, 2.3, 2.2]
 
 
 @pytest.mark.parametrize("asked", QUESTIONS)
@@ -41,9 +43,16 @@ def test_nor_does_a_single_bad_batch(asked, bad: float, at: int) -> None:
     assert not any(asked(losses[:count]) for count in range(1, 11))
 
 
-@pytest.mark.parametrize("bad", [math.inf, 1e6])
-def test_two_in_a_row_do(bad: float) -> None:
-    assert overshoots([2.3, 2.2, bad, bad])
+@pytest.mark.parametrize("bad", [(1e6, 1e6), (1e6, math.inf), (math.inf, 1e6)])
+def test_two_in_a_row_do(bad: tuple[float, float]) -> None:
+    assert overshoots([*LEVEL, *bad])
+
+
+def test_but_not_two_batches_with_nan() -> None:
+    """Their steps were dropped, and nothing has come of them."""
+    assert not overshoots([*LEVEL, math.inf, math.inf])
+    assert not overshoots([*LEVEL, math.inf, math.inf, *LEVEL[:3]])
+    assert overshoots([*LEVEL, math.inf, math.inf, math.inf])
 
 
 def test_it_overshoots_by_a_little_if_three_of_five_losses_do() -> None:
@@ -52,9 +61,20 @@ def test_it_overshoots_by_a_little_if_three_of_five_losses_do() -> None:
     assert not overshoots([2.3, *[2.4] * 5])  # 4 %
 
 
-def test_a_loss_below_zero_overshoots_as_well() -> None:
-    assert overshoots([-1.0, *[-0.9] * 5])
-    assert not overshoots([-1.0, *[-1.5] * 5])
+def test_a_loss_below_zero_overshoots_by_a_leap() -> None:
+    falls = [-1.0, -1.2, -1.1, -1.3, -1.2, -1.4]
+    assert not overshoots([*falls, -0.6, -0.7])
+    assert not overshoots([*falls[:3], 90.0, 90.0])
+    assert overshoots([*falls, 90.0, 90.0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_around_zero_is_no_evidence(seed: int) -> None:
+    rng = random.Random(seed)
+    losses = [rng.gauss(0.0, 1.0) for _ in range(50)]
+    early = any(overshoots(losses[:n]) for n in range(2, 8))
+    assert not any(overshoots(losses[:n]) for n in range(8, 51))
+    assert not early or min(losses[:4]) > 0.0
 
 
 def test_it_rises_from_the_lowest_it_has_been_at() -> None:

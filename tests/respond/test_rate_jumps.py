@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import (
 
 from lightning_gradguard import GuardEngine
 from lightning_gradguard.respond import LearningRateBackoff
+from lightning_gradguard.respond.ladder import Ladder, LadderSettings
 from lightning_gradguard.respond.rate_jumps import FollowedRate
 
 RATES = st.lists(
@@ -129,6 +130,14 @@ def test_the_engine_holds_a_leap_back_and_says_so(max_leap: float) -> None:
     else:
         assert scales == [1.0] * 30
         assert said == []
+
+
+def test_the_rate_that_is_named_is_that_of_a_group_that_moves() -> None:
+    ladder = Ladder(LadderSettings())
+    for step in range(15):
+        assert ladder.follow(step, [0.0, 1e-3]) == []
+    (action,) = ladder.follow(15, [0.0, 1.0])
+    assert action.message.startswith("The learning rate leaps to 1 at step 15")
 
 
 def guard_scale(guard: GuardEngine) -> float:

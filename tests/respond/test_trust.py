@@ -122,9 +122,44 @@ def test_lost_weights_on_probation_end_it_and_later_ones_do_not() -> None:
     assert (late.lr_scale, small.lr_scale) == (CAP.retreat, 1.0)
 
 
-@pytest.mark.parametrize("cap", [UpdateCap(), UpdateCap(on_evidence=True, adaptive=False)])
-def test_a_cap_that_binds_from_the_start(cap: UpdateCap) -> None:
-    assert not trusting(cap).trusting
+def test_a_cap_that_binds_from_the_start() -> None:
+    assert not trusting(UpdateCap()).trusting
+
+
+def test_a_cap_that_stays_as_it_is_cannot_wait_for_evidence() -> None:
+    with pytest.raises(ValueError, match="on_evidence must be False with adaptive=False"):
+        UpdateCap(on_evidence=True, adaptive=False)
+
+
+FIXED = UpdateCap(max_ratio=0.01, adaptive=False)
+TIGHT = UpdateCap(max_ratio=0.01, window=10)
+
+
+@pytest.mark.parametrize("before", [CAP, UpdateCap(window=10)], ids=["trusting", "strict"])
+@pytest.mark.parametrize(("cap", "most"), [(FIXED, 0.01), (TIGHT, TIGHT.widest_ratio)])
+def test_a_resumed_run_is_held_to_the_settings_that_it_has_now(
+    before: UpdateCap, cap: UpdateCap, most: float
+) -> None:
+    saved, resumed = trusting(before), trusting(cap)
+    feed(saved, wave(5.0, 3))
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.ratio <= most
+    assert feed(resumed, wave(5.0, 100))[-1][0] <= most
+
+
+def test_without_back_off_a_resumed_run_is_not_trusted_any_more() -> None:
+    saved, resumed = trusting(), RatioSchedule(CAP)
+    feed(saved, wave(5.0, 3))
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.ratio == CAP.first_ratio
+
+
+def test_without_copies_only_what_has_shown_itself_is_trusted() -> None:
+    new, proven = trusting(), trusting()
+    feed(proven, [*wave(5.0), *wave(4.0), *wave(3.0)])
+    for schedule in (new, proven):
+        schedule.lose_copies()
+    assert (new.trusting, proven.trusting) == (False, True)
 
 
 # -- on the ladder --------------------------------------------------------------------------------
