@@ -46,13 +46,14 @@ class UpdateCap:
             back and the cap holds for good. A run that gets through this is left alone, but for its
             learning rate, which is then lowered by the rules above in place of the share. Needs
             ``adaptive``, a loss, and going back and back-off as well; without one of them, and for
-            ReLU RNNs, the cap holds from the first step on. Default ``False``; the guard itself
+            ReLU RNNs, the cap holds from the first step on; with several optimizers, where a loss
+            that rises is none, never. Default ``False``; the guard itself
             comes with ``True``, because no bound that saves failing runs was found that does not
             slow some healthy ones down.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or ``on_evidence`` without ``adaptive``.
 
     Example:
         >>> UpdateCap(max_ratio=0.02, start_ratio=0.05)
